@@ -1,0 +1,1 @@
+"""Shapes that cross a boundary: wire, records, events, states, messages."""

@@ -1,0 +1,1 @@
+"""Rollcall: a live and trustworthy copy of ElevenLabs workspaces."""

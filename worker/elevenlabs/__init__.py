@@ -1,0 +1,1 @@
+"""The provider: its protocol as pure functions, and the one client that speaks it."""
