@@ -100,7 +100,7 @@ class RemovalsAnnouncement(_Open):
 
 
 class CloudEvent(_Open):
-    """One event. `id` is `<subject>@<sequence>` (an announcement's: its row id), the same when published again."""
+    """One event. `id` is `<subject>@<sequence>` (an announcement's: its row id), stable over repeats."""
 
     specversion: Literal["1.0"] = "1.0"
     id: str

@@ -45,7 +45,7 @@ class Member(_Record):
 
 
 class Group(_Record):
-    """Subject `group/<group_id>`. `member_ids` and `permissions` are sorted; null permissions: unrestricted."""
+    """Subject `group/<group_id>`. `member_ids` and `permissions` are sorted; null: unrestricted."""
 
     group_id: str
     name: str

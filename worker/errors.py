@@ -4,7 +4,8 @@
     |-- TryLater         it may work later: wait, then ask again
     |-- OwnerMustAct     nothing helps until the connector's owner acts
     |-- ContractBroken   an unknown shape: set aside, go on, alert
-    `-- Refused          what was asked for is wrong; the message says what to do instead
+    |-- Refused          what was asked for is wrong; the message says what to do instead
+    `-- Misconfigured    settings or vault keys are wrong: nothing starts until an operator acts
 
 All are picklable and carry a `reason`, a short stable word that is also the log and metric label.
 Anything else that is raised is our bug and fails loudly.
@@ -58,3 +59,7 @@ class ContractBroken(RollcallError):  # noqa: N818 - the name is the answer
 
 class Refused(RollcallError):  # noqa: N818 - the name is the answer
     """The request is wrong (unknown connector, bad URL, key in use): nothing was written."""
+
+
+class Misconfigured(RollcallError):  # noqa: N818 - the name is the answer
+    """The process cannot start as it is set up; the message has one line per problem and no secret."""

@@ -1,0 +1,145 @@
+"""The provider's answers as they stand on the wire: only the fields we read.
+
+What we do not read (counters, secrets, new fields) is skipped unseen, so it can neither break nor leak. Every
+enum is an open string: the provider adds values weekly. Optional is what older answers lack or the official
+SDK (2.78) calls optional. `*_unix` fields are whole seconds since 1970.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+BigInt = Annotated[int, Field(ge=-(2**63), le=2**63 - 1, description="what a Postgres bigint holds")]
+UnixSeconds = Annotated[int, Field(ge=0, le=253_402_300_799, description="up to the year 9999")]
+
+
+class _Wire(BaseModel):
+    # A validation error must not quote the answer: it holds names and e-mail addresses.
+    model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
+
+
+class Subscription(_Wire):
+    """The part of a subscription that we read, in `/v1/user` and in `/v1/user/subscription`."""
+
+    tier: str
+
+
+class User(_Wire):
+    """`GET /v1/user`. `workspace_id` came in 2026; the 2025 shape also carried the key itself."""
+
+    user_id: str
+    workspace_id: str | None = None
+    subscription: Subscription
+
+
+class Member(_Wire):
+    """One of the bare array of `GET /v1/workspace/members`; its fields and their order are the record's."""
+
+    user_id: str
+    email: str
+    first_name: str | None = None
+    seat_type: str | None = None
+    is_owner: bool
+    is_locked: bool
+
+
+class Group(_Wire):
+    """A value of the map of `GET /v1/workspace/groups`. Null limit: none; null permissions: unrestricted."""
+
+    id: str
+    name: str
+    members: list[str]
+    permissions: list[str] | None = None
+    group_usage_limit: BigInt | Literal["unlimited"] | None = None
+
+
+class Limit(_Wire):
+    """One platform limit; a null limit is unlimited."""
+
+    limit: BigInt | None = None
+
+
+class PlatformLimits(_Wire):
+    """Limits of a key on Enterprise plans; what is null is not limited for this key."""
+
+    credits: Limit | None = None
+    pvc: Limit | None = None
+    concurrency: Limit | None = None
+    dubbing_concurrency: Limit | None = None
+    music_concurrency: Limit | None = None
+
+
+class ApiKey(_Wire):
+    """A key of a service account. Keys of 2025 lacked the hash and all that follows `permissions`."""
+
+    key_id: str
+    service_account_user_id: str
+    name: str
+    hint: str
+    hashed_xi_api_key: str | None = None
+    created_at_unix: UnixSeconds | None = None
+    is_disabled: bool | None = None
+    permissions: list[str] | None = None
+    disable_reason: str | None = None
+    character_limit: BigInt | None = None
+    allowed_ips: list[str] | None = None
+    third_party_disable_allowed: bool | None = None
+    platform_limits: PlatformLimits | None = None
+    expires_at_unix: UnixSeconds | None = None
+
+
+class GroupRef(_Wire):
+    """The group of a sharing; the wire embeds it whole, we need to know which."""
+
+    id: str
+
+
+class Sharing(_Wire):
+    """A group that a service account's resources are shared with by default."""
+
+    group: GroupRef
+    permission_level: str
+
+
+class ServiceAccount(_Wire):
+    """One of `service-accounts` of `GET /v1/service-accounts`, its keys embedded."""
+
+    service_account_user_id: str
+    name: str
+    created_at_unix: UnixSeconds | None = None
+    api_keys: Annotated[list[ApiKey], Field(validation_alias="api-keys")]
+    default_sharing_groups: list[Sharing] | None = None
+
+
+class Tabular(_Wire):
+    """The tabular answer of all analytics queries: columns by position, a cell is any JSON."""
+
+    columns: list[str]
+    column_types: list[str]
+    column_units: list[str | None]
+    rows: list[list[Any]]
+
+
+USER: Final = TypeAdapter(User)
+MEMBERS: Final = TypeAdapter(list[Member], config=ConfigDict(hide_input_in_errors=True))
+GROUPS: Final = TypeAdapter(list[Group], config=ConfigDict(hide_input_in_errors=True))
+SERVICE_ACCOUNTS: Final = TypeAdapter(list[ServiceAccount], config=ConfigDict(hide_input_in_errors=True))
+TABULAR: Final = TypeAdapter(Tabular)
+
+_SUSPECT: Final = (b"\\u0000", b"\\ud", b"\\uD")
+_ESCAPE: Final = re.compile(
+    rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<bad>u0000|u[dD][89a-fA-F]..)|.)", re.DOTALL
+)
+
+
+def clean(body: bytes) -> bytes:
+    r"""Replace what a JSON string may escape but Postgres cannot store: `\u0000` and half surrogate pairs.
+
+    Each becomes U+FFFD, the replacement character. Only escapes can carry them: raw ones are no JSON.
+    """
+    if not any(escape in body for escape in _SUSPECT):
+        return body
+    return _ESCAPE.sub(lambda found: rb"\ufffd" if found["bad"] else found[0], body)

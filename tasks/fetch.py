@@ -1,0 +1,44 @@
+"""Fetch tasks: observe parts of one connector, then send what may be sent next."""
+
+from __future__ import annotations
+
+from schemas.connectors import RunKind
+from schemas.messages import Fetch
+from tasks import bridge
+from tasks.app import app
+from tasks.sending import advance
+from worker.observe import Returned, observe
+from worker.ports import Failure, Quiet
+from worker.wiring import Runtime
+
+DEADLINE_S = 300.0
+
+
+def _fetch(name: str, message: dict[str, object]) -> None:
+    fetch = Fetch.model_validate(message)
+
+    async def work(runtime: Runtime) -> None:
+        results = await observe(fetch.part_ids, runtime.ports)
+        settled = [r.claim for r in results if isinstance(r, Quiet | Failure | Returned)]
+        if any(c.kind is not RunKind.POLL for c in settled) or len(results) < len(fetch.part_ids):
+            await advance(runtime, {c.target.connector_id for c in settled})
+
+    bridge.run(name, work, deadline_s=DEADLINE_S)
+
+
+@app.task(name="rollcall.fetch_members")
+def fetch_members(**message: object) -> None:
+    """Observe a connector's directory, and in a poll what goes with it."""
+    _fetch("fetch_members", message)
+
+
+@app.task(name="rollcall.fetch_usage")
+def fetch_usage(**message: object) -> None:
+    """Observe a window of a connector's usage."""
+    _fetch("fetch_usage", message)
+
+
+@app.task(name="rollcall.fetch_service_accounts")
+def fetch_service_accounts(**message: object) -> None:
+    """Observe a connector's service accounts and their keys."""
+    _fetch("fetch_service_accounts", message)

@@ -1,0 +1,41 @@
+"""The worker's process: one Celery worker on threads, one event loop beside it."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+from tasks import bridge
+from tasks.app import QUEUES, configure
+from tasks.bridge import Bridge
+from worker import metrics
+from worker.settings import Settings
+
+
+def main(settings: Settings) -> int:
+    """Run until SIGTERM: it finishes what is in hand; a second one is immediate, and the ledger loses nothing."""
+    app = configure(settings)
+    app.conf.worker_soft_shutdown_timeout = settings.shutdown_grace_s
+    server = metrics.serve(settings.metrics_port, settings.metrics_host) if settings.metrics_port else None
+    here = Bridge(settings, role="worker", slots=settings.worker_slots)
+    here.open()
+    bridge.install(here)
+    try:
+        worker = app.Worker(
+            pool="threads",
+            concurrency=settings.worker_slots,
+            queues=list(QUEUES),
+            hostname=f"rollcall-{os.getpid()}@{socket.gethostname()}",
+            without_gossip=True,
+            without_mingle=True,
+            without_heartbeat=True,
+            optimization="fair",
+            quiet=True,
+        )
+        worker.start()
+        return int(worker.exitcode or 0)
+    finally:
+        bridge.install(None)
+        here.close()
+        if server is not None:
+            server.close()

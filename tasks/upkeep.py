@@ -1,0 +1,35 @@
+"""Upkeep: streams trimmed behind the slowest group, old rows aged out."""
+
+from __future__ import annotations
+
+import structlog
+
+from tasks import bridge
+from tasks.app import app
+from worker.store.upkeep import age_out
+from worker.stream import trim
+from worker.wiring import Runtime
+
+log = structlog.get_logger()
+DEADLINE_S = 120.0
+
+
+@app.task(name="rollcall.upkeep.tidy")
+def tidy(**_message: object) -> None:
+    """Trim the streams, forget what was kept long enough."""
+
+    async def work(runtime: Runtime) -> None:
+        settings = runtime.settings
+        for partition in range(await runtime.recovery.partitions()):
+            await trim(
+                runtime.redis,
+                partition,
+                retention_s=settings.event_retention_s,
+                ceiling_entries=settings.stream_ceiling_entries,
+            )
+        gone = await age_out(
+            runtime.db, run_days=settings.run_retention_days, people_days=settings.people_retention_days
+        )
+        log.info("tidied", **gone)
+
+    bridge.run("upkeep_tidy", work, deadline_s=DEADLINE_S)

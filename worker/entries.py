@@ -1,0 +1,184 @@
+"""Observations and their stream entries: changes to CloudEvents batches, and back. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, TypeAlias
+from uuid import UUID
+
+import orjson
+from pydantic import BaseModel, ConfigDict
+
+from schemas.connectors import Dataset
+from schemas.events import MAX_BATCH, SUBJECT_TYPES, padded, source_of, timestamp
+from worker.changes import Change
+
+Fields: TypeAlias = Mapping[bytes, bytes]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One stream entry; `id` is empty until the stream gave it one."""
+
+    fields: Fields
+    id: str = ""
+
+
+class Report(BaseModel):
+    """What an observation tells beside its events; it travels on the last entry.
+
+    `held` is the whole new hold (empty: none), `known` the number of records in the base.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    run_id: UUID
+    records: int
+    changes: int
+    known: int = 0
+    held: dict[str, tuple[int, str]] = {}
+    incomplete: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """The answer of one part, whole: `base` is the version it was compared with, `sequence` its number."""
+
+    connector_id: UUID
+    dataset: Dataset
+    base: int
+    sequence: int
+    part_id: UUID
+    report: Report
+    events: Sequence[dict[str, Any]] = ()
+    entries: Sequence[Entry] = ()
+
+
+def batches(
+    changes: Sequence[Change],
+    *,
+    tenant_id: str,
+    connector_id: UUID,
+    dataset: Dataset,
+    base: int,
+    sequence: int,
+    part_id: UUID,
+    began: datetime,
+    report: Report,
+) -> list[Entry]:
+    """Write an observation as adjacent entries of at most 500 events; at least one, which completes the part."""
+    cid, number = str(connector_id), padded(sequence)
+    common = {
+        "specversion": "1.0",
+        "source": source_of(tenant_id, cid),
+        "time": timestamp(began),
+        "datacontenttype": "application/json",
+        "tenantid": tenant_id,
+        "connectorid": cid,
+        "partitionkey": cid,
+        "sequence": number,
+        "correlationid": str(report.run_id),
+    }
+    head = {
+        b"connector": cid.encode(),
+        b"dataset": dataset.encode(),
+        b"base": str(base).encode(),
+        b"sequence": str(sequence).encode(),
+    }
+    events = [
+        {
+            **common,
+            "id": f"{change.subject}@{number}",
+            "type": SUBJECT_TYPES[change.subject.partition("/")[0]],
+            "subject": change.subject,
+            "data": event_data(change),
+        }
+        for change in changes
+    ]
+    pieces = [events[i : i + MAX_BATCH] for i in range(0, len(events), MAX_BATCH)] or [[]]
+    last = {b"part": str(part_id).encode(), b"report": report.model_dump_json().encode()}
+    return [
+        Entry({b"ce": orjson.dumps(piece), **head, **(last if n == len(pieces) - 1 else {})})
+        for n, piece in enumerate(pieces)
+    ]
+
+
+def event_data(change: Change) -> dict[str, Any]:
+    """Give `data` of a change: the whole day for usage, before and after for records."""
+    if change.subject.startswith("usage/"):
+        return {"op": change.op, **(change.after or {})}
+    return {
+        "op": change.op,
+        "before": change.before,
+        "after": change.after,
+        "changed": list(change.changed),
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Broken:
+    """Entries that cannot be read as an observation, and why."""
+
+    entries: Sequence[Entry]
+    reason: str
+
+
+@dataclass(slots=True)
+class Reading:
+    """What a run of entries holds.
+
+    `whole` observations; `broken` ones; `passed`: ids of entries that need nothing (announcements, and pieces
+    whose rest the stream lost: their parts will be fetched again); `tail`: pieces still waiting for their end.
+    """
+
+    whole: list[Observation] = field(default_factory=list)
+    broken: list[Broken] = field(default_factory=list)
+    passed: list[str] = field(default_factory=list)
+    tail: list[Entry] = field(default_factory=list)
+
+
+def assemble(entries: Iterable[Entry]) -> Reading:
+    """Put entries together. The entries of an observation are adjacent; the last one names the part."""
+    reading = Reading()
+    for entry in entries:
+        if b"dataset" not in entry.fields:
+            reading.passed.append(entry.id)
+            continue
+        if reading.tail and _key(reading.tail[0]) != _key(entry):
+            reading.passed += [piece.id for piece in reading.tail]
+            reading.tail = []
+        reading.tail.append(entry)
+        if b"part" in entry.fields:
+            try:
+                reading.whole.append(_observation(reading.tail))
+            except (ValueError, KeyError, TypeError) as error:
+                reading.broken.append(Broken(tuple(reading.tail), type(error).__name__))
+            reading.tail = []
+    return reading
+
+
+def _key(entry: Entry) -> tuple[bytes, ...]:
+    return tuple(entry.fields.get(name, b"") for name in (b"connector", b"dataset", b"sequence"))
+
+
+def _observation(pieces: Sequence[Entry]) -> Observation:
+    fields = pieces[-1].fields
+    return Observation(
+        connector_id=UUID(fields[b"connector"].decode()),
+        dataset=Dataset(fields[b"dataset"].decode()),
+        base=int(fields[b"base"]),
+        sequence=int(fields[b"sequence"]),
+        part_id=UUID(fields[b"part"].decode()),
+        report=Report.model_validate_json(fields[b"report"]),
+        events=[event for piece in pieces for event in _events(piece)],
+        entries=tuple(pieces),
+    )
+
+
+def _events(piece: Entry) -> list[dict[str, Any]]:
+    found = orjson.loads(piece.fields[b"ce"])
+    if not isinstance(found, list) or not all(isinstance(event, dict) for event in found):
+        raise TypeError("a batch is an array of events")
+    return found

@@ -1,0 +1,125 @@
+"""The writer's process: takes turns on partitions, relays announcements, sends what may be sent next."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from uuid import UUID
+
+import structlog
+from redis.asyncio import Redis
+
+from worker.errors import TryLater
+from worker.settings import Settings
+from worker.store.announcements import mark_published, unpublished
+from worker.store.books import PgBooks
+from worker.store.db import Connection, connect
+from worker.stream import RedisJournal, last_ids, wait_beyond
+from worker.writer import Turn, fold
+
+log = structlog.get_logger()
+
+LOCK_CLASS = 0x77726974
+"""First key of the writers' advisory locks ("writ"); the second is the partition."""
+BLOCK_MS = 200
+"""How long an idle writer waits for news; announcements without events wait as long."""
+MAX_PAUSE_S = 5.0
+
+Advance = Callable[[Sequence[UUID]], Awaitable[None]]
+
+
+@dataclass(slots=True)
+class Writer:
+    """Folds every partition it can get hold of, until `stop` is set.
+
+    `advance` sends what may be sent next of connectors whose parts were just applied. `progress` is the
+    monotonic time of the last finished turn: liveness is measured by it.
+    """
+
+    settings: Settings
+    redis: Redis
+    advance: Advance
+    partitions: int
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    progress: float = field(default_factory=time.monotonic)
+
+    async def run(self) -> None:
+        """Work until stopped; Postgres or Redis away means waiting with back-off, nothing is acknowledged."""
+        pause_s = 0.1
+        while not self.stop.is_set():
+            try:
+                connection = await connect(self.settings.require_database(), "writer")
+                try:
+                    await self._turns(connection)
+                finally:
+                    await connection.close()
+                pause_s = 0.1
+            except TryLater as error:
+                log.warning("writer_waits", reason=error.reason, detail=error.message)
+                await self._rest(random.uniform(0, pause_s))  # noqa: S311 - jitter, no secret
+                pause_s = min(pause_s * 2, MAX_PAUSE_S)
+
+    async def _turns(self, connection: Connection) -> None:
+        books = PgBooks(connection)
+        order = list(range(self.partitions))
+        random.shuffle(order)
+        while not self.stop.is_set():
+            worked, ends = False, await last_ids(self.redis, self.partitions)
+            for partition in order:
+                if self.stop.is_set():
+                    return
+                worked |= await self._turn(connection, books, partition)
+            self.progress = time.monotonic()
+            if not worked:
+                await wait_beyond(self.redis, ends, block_ms=BLOCK_MS)
+
+    async def _turn(self, connection: Connection, books: PgBooks, partition: int) -> bool:
+        """Hold the partition while there is work, a second at most; tell whether there was any."""
+        if not await _lock(connection, partition):
+            return False
+        journal, turn, worked = RedisJournal(self.redis, partition), Turn(), False
+        until = time.monotonic() + self.settings.writer_turn_s
+        try:
+            while not self.stop.is_set():
+                found = await fold(journal, books, count=self.settings.writer_batch_entries, block_ms=None, turn=turn)
+                announced = await relay(connection, journal, partition)
+                if books.more:
+                    ready, books.more = sorted(books.more), set()
+                    await self.advance(ready)
+                worked |= found or announced
+                self.progress = time.monotonic()
+                if not found or time.monotonic() >= until:
+                    return worked
+        finally:
+            await _unlock(connection, partition)
+        return worked
+
+    async def _rest(self, seconds: float) -> None:
+        try:
+            async with asyncio.timeout(seconds):
+                await self.stop.wait()
+        except TimeoutError:
+            return
+
+
+async def relay(connection: Connection, journal: RedisJournal, partition: int) -> bool:
+    """Relay announcements in order; a crash before the mark repeats them under the same ids."""
+    waiting = await unpublished(connection, partition)
+    if waiting:
+        await journal.announce([entry for _, entry in waiting])
+        await mark_published(connection, [row_id for row_id, _ in waiting])
+    return bool(waiting)
+
+
+async def _lock(connection: Connection, partition: int) -> bool:
+    rows = await connection.execute("SELECT pg_try_advisory_lock(%s, %s) AS held", [LOCK_CLASS, partition])
+    row = await rows.fetchone()
+    return bool(row and row["held"])
+
+
+async def _unlock(connection: Connection, partition: int) -> None:
+    if not connection.closed:
+        await connection.execute("SELECT pg_advisory_unlock(%s, %s)", [LOCK_CLASS, partition])

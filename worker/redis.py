@@ -1,0 +1,54 @@
+"""The one Redis client of a process, and what its failures mean."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from pydantic import SecretStr
+from redis.asyncio import Redis
+from redis.asyncio.retry import Retry
+from redis.backoff import ExponentialWithJitterBackoff
+from redis.exceptions import BusyLoadingError, ConnectionError, RedisError, ResponseError, TimeoutError  # noqa: A004 - the driver's names
+
+from worker.errors import TryLater
+
+SOCKET_TIMEOUT_S = 5.0
+"""A server that accepts but does not answer is given up after this; blocking reads stay well below."""
+MAX_CONNECTIONS = 200
+
+
+def client(url: SecretStr) -> Redis:
+    """Make a client; it connects when first used. Whoever makes it closes it (`aclose`)."""
+    return Redis.from_url(
+        url.get_secret_value(),
+        socket_timeout=SOCKET_TIMEOUT_S,
+        socket_connect_timeout=SOCKET_TIMEOUT_S,
+        socket_keepalive=True,
+        health_check_interval=10,
+        max_connections=MAX_CONNECTIONS,
+        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries=2),
+    )
+
+
+@contextmanager
+def answering() -> Iterator[None]:
+    """Turn an absent or starting server into `TryLater`, without its URL.
+
+    Raises:
+        TryLater: Redis cannot be reached, does not answer in time, is loading or out of memory.
+
+    """
+    try:
+        yield
+    except (ConnectionError, TimeoutError, BusyLoadingError) as error:
+        raise TryLater(
+            "redis_unreachable",
+            f"Redis does not answer ({type(error).__name__}). Check REDIS_URL and that it is running.",
+        ) from error
+    except ResponseError as error:
+        if str(error).startswith(("OOM", "READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS")):
+            raise TryLater("redis_refuses", f"Redis refuses to write: {str(error)[:80]}") from error
+        raise
+    except RedisError as error:
+        raise TryLater("redis_unreachable", f"Redis failed: {type(error).__name__}") from error

@@ -1,0 +1,137 @@
+"""Snapshots: what was last published of each dataset, written together with the stream entries.
+
+A hash per (connector, dataset): `v` version, `d` digest of request and raw answer, `b` the compressed records.
+They may vanish at any time: Postgres is the truth.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+from uuid import UUID
+
+import orjson
+from redis.asyncio import Redis
+
+from schemas.connectors import Dataset
+from worker.entries import Entry
+from worker.ports import Base, Head, Publication, Target
+from worker.redis import answering
+
+_PUBLISH = """
+local have = redis.call('HGET', KEYS[1], 'v') or ''
+if have == ARGV[2] then return 'done' end
+if have ~= ARGV[1] then return 'refused' end
+if redis.call('XLEN', KEYS[2]) >= tonumber(ARGV[5]) then return 'full' end
+redis.call('HSET', KEYS[1], 'v', ARGV[2], 'd', ARGV[3], 'b', ARGV[4])
+local at = 7
+for _ = 1, tonumber(ARGV[6]) do
+    local size = tonumber(ARGV[at])
+    local fields = {}
+    for i = 1, size do fields[i] = ARGV[at + i] end
+    redis.call('XADD', KEYS[2], '*', unpack(fields))
+    at = at + size + 1
+end
+return 'done'
+"""
+_NOTE = """
+if redis.call('HGET', KEYS[1], 'v') == ARGV[1] then redis.call('HSET', KEYS[1], 'd', ARGV[2]) end
+"""
+
+
+def stream_key(partition: int) -> str:
+    """Name a partition's stream; the braces keep it with its snapshots in a Redis Cluster."""
+    return f"rollcall:events:{{{partition}}}"
+
+
+def snapshot_key(partition: int, connector_id: UUID, dataset: Dataset) -> str:
+    """Name a snapshot."""
+    return f"rollcall:snapshot:{{{partition}}}:{connector_id}:{dataset}"
+
+
+class RedisSnapshots:
+    """`worker.ports.Snapshots` on Redis.
+
+    Args:
+        redis: the process's client.
+        ceiling_entries: a stream this long takes no more: its writer is too far behind.
+
+    """
+
+    def __init__(self, redis: Redis, *, ceiling_entries: int) -> None:
+        self._redis, self._ceiling = redis, ceiling_entries
+        self._publish = redis.register_script(_PUBLISH)
+        self._note = redis.register_script(_NOTE)
+
+    async def heads(self, target: Target, datasets: Sequence[Dataset]) -> dict[Dataset, Head]:
+        """Read heads; see `worker.ports.Snapshots`."""
+        with answering():
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for dataset in datasets:
+                    pipe.hmget(_key(target, dataset), "v", "d")
+                found = await pipe.execute()
+        return {
+            dataset: Head(int(v), (d or b"").decode()) if v else Head()
+            for dataset, (v, d) in zip(datasets, found, strict=True)
+        }
+
+    async def load(self, target: Target, dataset: Dataset, version: int) -> Base | None:
+        """Read a snapshot's records; see `worker.ports.Snapshots`."""
+        with answering():
+            v, blob = await self._redis.hmget(_key(target, dataset), ["v", "b"])
+        if v is None or not isinstance(blob, bytes) or int(v) != version:
+            return None
+        return unpack(version, blob)
+
+    async def note_digest(self, target: Target, dataset: Dataset, version: int, digest: str) -> None:
+        """Renew a digest; see `worker.ports.Snapshots`."""
+        with answering():
+            await self._note(keys=[_key(target, dataset)], args=[str(version), digest])
+
+    async def publish(
+        self,
+        target: Target,
+        dataset: Dataset,
+        expected: int | None,
+        new: Base,
+        digest: str,
+        entries: Sequence[Entry],
+    ) -> Publication:
+        """Write snapshot and entries in one step; see `worker.ports.Snapshots`."""
+        arguments: list[Any] = [
+            "" if expected is None else str(expected),
+            str(new.version),
+            digest,
+            pack(new),
+            self._ceiling,
+            len(entries),
+        ]
+        for entry in entries:
+            arguments.append(2 * len(entry.fields))
+            for name, value in entry.fields.items():
+                arguments += (name, value)
+        with answering():
+            answer = await self._publish(keys=[_key(target, dataset), stream_key(target.partition)], args=arguments)
+        return Publication(answer.decode())
+
+    async def forget(self, partition: int, connector_id: UUID) -> None:
+        """Delete every snapshot of a connector."""
+        with answering():
+            await self._redis.delete(*(snapshot_key(partition, connector_id, d) for d in Dataset))
+
+
+def _key(target: Target, dataset: Dataset) -> str:
+    return snapshot_key(target.partition, target.connector_id, dataset)
+
+
+def pack(base: Base) -> bytes:
+    """Compress a snapshot; level 1, since it is written more often than it is kept."""
+    return zlib.compress(orjson.dumps({"records": base.records, "days": base.days}), 1)
+
+
+def unpack(version: int, blob: bytes) -> Base:
+    """Read a compressed snapshot."""
+    found = orjson.loads(zlib.decompress(blob))
+    days = {subject: (digest, rows) for subject, (digest, rows) in found["days"].items()}
+    return Base(version, records=found["records"], days=days)

@@ -1,0 +1,136 @@
+"""The pool, and transactions that repeat what Postgres asks to be repeated."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import psycopg
+from psycopg import AsyncConnection
+from psycopg.rows import dict_row
+from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRequests
+from pydantic import SecretStr
+
+from worker.errors import ContractBroken, TryLater
+from worker.store.migrate import unreachable
+
+T = TypeVar("T")
+Row = dict[str, Any]
+Connection = AsyncConnection[Row]
+
+CONNECT_TIMEOUT_S = 5
+STATEMENT_TIMEOUT_MS = 30_000
+REPEATS = 5
+KEEPALIVE: dict[str, Any] = {
+    "keepalives": 1,
+    "keepalives_idle": 5,
+    "keepalives_interval": 2,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 10_000,
+}
+"""A server that stopped answering is noticed within about ten seconds."""
+
+
+def connection_options(application: str) -> dict[str, Any]:
+    """Give libpq options: bounded waits, rows as dictionaries."""
+    return {
+        "autocommit": True,
+        "row_factory": dict_row,
+        "connect_timeout": CONNECT_TIMEOUT_S,
+        "application_name": f"rollcall {application}",
+        "options": f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c timezone=UTC"
+        " -c idle_in_transaction_session_timeout=60000",
+        **KEEPALIVE,
+    }
+
+
+async def connect(url: SecretStr, application: str) -> Connection:
+    """Open one connection of one's own.
+
+    Raises:
+        TryLater: the database cannot be reached.
+
+    """
+    try:
+        return await AsyncConnection[Row].connect(url.get_secret_value(), **connection_options(application))
+    except psycopg.OperationalError as error:
+        raise unreachable(error) from None
+
+
+class Database:
+    """A pool of connections, opened and closed by its owner, on the owner's event loop."""
+
+    def __init__(self, url: SecretStr, *, application: str, size: int = 8, wait_s: float = 10.0) -> None:
+        self._pool: AsyncConnectionPool[Connection] = AsyncConnectionPool(
+            url.get_secret_value(),
+            connection_class=AsyncConnection[Row],
+            kwargs=connection_options(application),
+            min_size=1,
+            max_size=size,
+            timeout=wait_s,
+            max_waiting=1000,
+            reconnect_timeout=30.0,
+            check=AsyncConnectionPool.check_connection,
+            open=False,
+            name=f"rollcall-{application}",
+        )
+
+    async def open(self) -> None:
+        """Start the pool; a database that is down now is tried again in the background."""
+        await self._pool.open()
+
+    async def close(self) -> None:
+        """Close every connection within five seconds."""
+        await self._pool.close(timeout=5.0)
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        """Lend a connection in autocommit mode.
+
+        Raises:
+            TryLater: no connection could be had in time.
+
+        """
+        try:
+            async with self._pool.connection() as connection:
+                yield connection
+        except (PoolTimeout, TooManyRequests, PoolClosed):
+            raise TryLater("database_unreachable", "Postgres gives no connection; trying again later.") from None
+
+    async def transaction(self, work: Callable[[Connection], Awaitable[T]], *, isolation: str = "") -> T:
+        """Run `work` in one transaction; see `repeated`."""
+
+        async def once() -> T:
+            async with self.connection() as connection, connection.transaction():
+                if isolation:
+                    await connection.execute(f"SET TRANSACTION ISOLATION LEVEL {isolation}")
+                return await work(connection)
+
+        return await repeated(once)
+
+
+async def repeated(once: Callable[[], Awaitable[T]]) -> T:
+    """Run a whole transaction, again on serialization failures and deadlocks, bounded and with full jitter.
+
+    Raises:
+        TryLater: Postgres is away, or the repeats are used up.
+        ContractBroken: the data cannot be written (SQLSTATE class 22 or 23).
+
+    """
+    for attempt in range(REPEATS):
+        try:
+            return await once()
+        except (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected):
+            await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - jitter, no secret
+        except (psycopg.DataError, psycopg.IntegrityError) as error:
+            raise ContractBroken("unwritable", f"SQLSTATE {error.sqlstate}: {_constraint(error)}") from error
+        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+            raise unreachable(error) from error
+    raise TryLater("database_contended", "Postgres asked for too many repeats of one transaction.")
+
+
+def _constraint(error: psycopg.Error) -> str:
+    return error.diag.constraint_name or error.diag.message_primary or type(error).__name__

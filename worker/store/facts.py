@@ -1,0 +1,249 @@
+"""Facts: reading a dataset back as the base of a comparison, and writing observations set by set."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from datetime import date
+from typing import Any
+from uuid import UUID
+
+import orjson
+
+from schemas.connectors import Dataset
+from schemas.records import Listing, Record
+from worker.compare import day_of, fingerprints
+from worker.entries import Observation
+from worker.errors import ContractBroken
+from worker.ports import Base
+from worker.store.db import Connection, Database
+from worker.store.tables import OF_DATASET, TABLES, Table, record_of, wire_type
+from worker.usage import usage_day
+
+BATCH_ROWS = 5_000
+
+
+class PgFacts:
+    """`worker.ports.Facts` on Postgres."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    async def base(self, connector_id: UUID, dataset: Dataset, *, since: date | None) -> Base:
+        """Read a dataset with its version; of usage the fingerprints of the days from `since` on."""
+
+        async def work(connection: Connection) -> Base:
+            version = await _version(connection, connector_id, dataset)
+            if dataset.dimension:
+                days = await usage_records(connection, connector_id, dataset, since=since)
+                return Base(version, days=fingerprints(days))
+            return Base(version, records=await records(connection, connector_id, dataset))
+
+        return await self._db.transaction(work, isolation="REPEATABLE READ")
+
+    async def usage_days(self, connector_id: UUID, dataset: Dataset, days: Sequence[date]) -> tuple[int, Listing]:
+        """Read whole usage days with the dataset's version."""
+
+        async def work(connection: Connection) -> tuple[int, Listing]:
+            version = await _version(connection, connector_id, dataset)
+            found = await usage_records(connection, connector_id, dataset, since=min(days))
+            return version, {s: r for s, r in found.items() if day_of(s) in set(days)}
+
+        return await self._db.transaction(work, isolation="REPEATABLE READ")
+
+
+async def _version(connection: Connection, connector_id: UUID, dataset: Dataset) -> int:
+    rows = await connection.execute(
+        "SELECT version FROM rollcall.connector_access WHERE connector_id = %s AND dataset = %s",
+        [connector_id, dataset],
+    )
+    row = await rows.fetchone()
+    return int(row["version"]) if row else 0
+
+
+async def records(connection: Connection, connector_id: UUID, dataset: Dataset) -> Listing:
+    """Read a directory dataset as normalizing would give it."""
+    if dataset is Dataset.WORKSPACE:
+        rows = await connection.execute(
+            "SELECT workspace_id, plan FROM rollcall.connectors WHERE id = %s"
+            " AND (workspace_id IS NOT NULL OR plan IS NOT NULL)",
+            [connector_id],
+        )
+        row = await rows.fetchone()
+        return {"workspace": dict(row)} if row else {}
+    found: Listing = {}
+    for kind in OF_DATASET[dataset]:
+        table = TABLES[kind]
+        async for row in await connection.execute(table.select, [connector_id]):
+            found[f"{kind}/{row[table.key]}"] = record_of(table, row)
+    return found
+
+
+async def usage_records(connection: Connection, connector_id: UUID, dataset: Dataset, *, since: date | None) -> Listing:
+    """Read usage days as normalizing would give them; a covered day without rows is an empty day."""
+    dimension, first = dataset.dimension, since or date.min
+    covered = await connection.execute(
+        "SELECT day::text, state FROM rollcall.usage_coverage WHERE connector_id = %s AND dimension = %s"
+        " AND day >= %s AND state <> 'unavailable'",
+        [connector_id, dimension, first],
+    )
+    settled = {row["day"]: row["state"] == "complete" async for row in covered}
+    rows = await connection.execute(
+        """
+        SELECT bucket_start::text AS day, bucket_key, unit, label, amount FROM rollcall.credit_usage
+        WHERE connector_id = %s AND dimension = %s AND bucket_start >= %s
+        ORDER BY bucket_start, bucket_key COLLATE "C", unit COLLATE "C"
+        """,
+        [connector_id, dimension, first],
+    )
+    by_day: dict[str, list[Record]] = {day: [] for day in settled}
+    async for row in rows:
+        by_day[row["day"]].append(
+            {
+                "key": row["bucket_key"],
+                "label": row["label"],
+                "unit": row["unit"],
+                "amount": format(row["amount"], "f"),
+            }
+        )
+    return {f"usage/{dimension}/{day}": usage_day(dimension, day, by_day[day], settled=settled[day]) for day in settled}
+
+
+async def write(connection: Connection, observations: Sequence[Observation], tenants: dict[UUID, str]) -> None:
+    """Write the facts of observations (each dataset at most once) inside the caller's transaction.
+
+    Raises:
+        ContractBroken: an event lacks what its table needs.
+
+    """
+    by_kind: dict[str, list[tuple[Observation, str, dict[str, Any]]]] = defaultdict(list)
+    for observation in observations:
+        for event in observation.events:
+            try:
+                kind, _, key = event["subject"].partition("/")
+                by_kind[kind].append((observation, key, event["data"]))
+            except (KeyError, AttributeError, TypeError) as error:
+                raise ContractBroken("event_broken", f"an event lacks {error}") from None
+    try:
+        for kind, changes in by_kind.items():
+            if kind == "workspace":
+                await _write_workspaces(connection, changes)
+            elif kind == "usage":
+                await _write_usage(connection, changes, tenants)
+            elif kind in TABLES:
+                await _write_records(connection, TABLES[kind], changes, tenants)
+    except (KeyError, AttributeError, TypeError, ValueError) as error:
+        raise ContractBroken("event_broken", f"{type(error).__name__} while reading an event") from error
+
+
+async def _write_records(
+    connection: Connection,
+    table: Table,
+    changes: Sequence[tuple[Observation, str, dict[str, Any]]],
+    tenants: dict[UUID, str],
+) -> None:
+    gone = [(o, key) for o, key, data in changes if data["after"] is None]
+    kept = [(o, key, data["after"]) for o, key, data in changes if data["after"] is not None]
+    for batch in _batches(kept):
+        columns = [[_to_wire(c.type, r[c.name]) for _, _, r in batch] for c in table.columns]
+        await connection.execute(
+            table.upsert,
+            [
+                [tenants[o.connector_id] for o, _, _ in batch],
+                [o.connector_id for o, _, _ in batch],
+                [o.sequence for o, _, _ in batch],
+                [key for _, key, _ in batch],
+                *columns,
+            ],
+        )
+    for removed in _batches(gone):
+        await connection.execute(
+            table.remove,
+            [[o.connector_id for o, _ in removed], [o.sequence for o, _ in removed], [k for _, k in removed]],
+        )
+
+
+def _to_wire(kind: str, value: Any) -> Any:
+    if value is None or wire_type(kind) != "text" or kind in {"text", "timestamptz"}:
+        return value
+    return orjson.dumps(value).decode()
+
+
+async def _write_workspaces(connection: Connection, changes: Sequence[tuple[Observation, str, dict[str, Any]]]) -> None:
+    after = [(o.connector_id, data["after"] or {}) for o, _, data in changes]
+    await connection.execute(
+        """
+        UPDATE rollcall.connectors c SET workspace_id = coalesce(n.workspace_id, c.workspace_id), plan = n.plan,
+               updated_at = now()
+        FROM unnest(%b::uuid[], %b::text[], %b::text[]) AS n (id, workspace_id, plan) WHERE c.id = n.id
+        """,
+        [[c for c, _ in after], [r.get("workspace_id") for _, r in after], [r.get("plan") for _, r in after]],
+    )
+
+
+async def _write_usage(
+    connection: Connection,
+    changes: Sequence[tuple[Observation, str, dict[str, Any]]],
+    tenants: dict[UUID, str],
+) -> None:
+    days = [(o, data["dimension"], date.fromisoformat(data["bucket_start"]), data) for o, _, data in changes]
+    for some in _batches(days):
+        await _replace_days(connection, some, tenants)
+
+
+async def _replace_days(
+    connection: Connection,
+    days: Sequence[tuple[Observation, str, date, Record]],
+    tenants: dict[UUID, str],
+) -> None:
+    """Write whole days: every row of the day, then away with what the day no longer has."""
+    rows = [(o, dimension, day, row) for o, dimension, day, data in days for row in data["rows"]]
+    for batch in _batches(rows):
+        await connection.execute(
+            """
+            INSERT INTO rollcall.credit_usage
+                (tenant_id, connector_id, dimension, bucket_start, bucket_key, unit, label, amount, version)
+            SELECT t, c, d, b, k, u, l, a::numeric, v
+            FROM unnest(%b::text[], %b::uuid[], %b::text[], %b::date[], %b::text[], %b::text[], %b::text[],
+                        %b::text[], %b::bigint[]) AS n (t, c, d, b, k, u, l, a, v)
+            ON CONFLICT (connector_id, dimension, bucket_start, bucket_key, unit) DO UPDATE SET
+                label = excluded.label, amount = excluded.amount, version = excluded.version
+            """,
+            [
+                [tenants[o.connector_id] for o, _, _, _ in batch],
+                [o.connector_id for o, _, _, _ in batch],
+                [dimension for _, dimension, _, _ in batch],
+                [day for _, _, day, _ in batch],
+                [row["key"] for _, _, _, row in batch],
+                [row["unit"] for _, _, _, row in batch],
+                [row["label"] for _, _, _, row in batch],
+                [row["amount"] for _, _, _, row in batch],
+                [o.sequence for o, _, _, _ in batch],
+            ],
+        )
+    await connection.execute(
+        """
+        WITH n AS (SELECT * FROM unnest(%b::uuid[], %b::text[], %b::text[], %b::date[], %b::text[], %b::bigint[])
+                   AS n (c, t, d, b, s, v)),
+        gone AS (
+            DELETE FROM rollcall.credit_usage u USING n
+            WHERE u.connector_id = n.c AND u.dimension = n.d AND u.bucket_start = n.b AND u.version < n.v
+        )
+        INSERT INTO rollcall.usage_coverage (tenant_id, connector_id, dimension, day, state, observed_at, version)
+        SELECT t, c, d, b, s, now(), v FROM n
+        ON CONFLICT (connector_id, dimension, day) DO UPDATE SET
+            state = excluded.state, observed_at = excluded.observed_at, version = excluded.version
+        """,
+        [
+            [o.connector_id for o, _, _, _ in days],
+            [tenants[o.connector_id] for o, _, _, _ in days],
+            [dimension for _, dimension, _, _ in days],
+            [day for _, _, day, _ in days],
+            ["complete" if data["settled"] else "provisional" for _, _, _, data in days],
+            [o.sequence for o, _, _, _ in days],
+        ],
+    )
+
+
+def _batches(items: Sequence[Any]) -> Iterable[Sequence[Any]]:
+    return (items[i : i + BATCH_ROWS] for i in range(0, len(items), BATCH_ROWS))

@@ -1,0 +1,105 @@
+"""Migrations: numbered SQL files, each applied once in a transaction of its own.
+
+Plain SQL, because the schema is a contract that people read. Safe to run twice, and from two places at once
+(an advisory lock makes one wait for the other).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import resources
+
+import psycopg
+from psycopg import sql
+
+from worker.errors import Refused, TryLater
+
+LOCK_KEY = 0x726F6C6C
+"""Advisory lock of whoever migrates ("roll")."""
+CONNECT_TIMEOUT_S = 10
+LOCK_TIMEOUT_MS = 60_000
+MIN_SERVER_VERSION = 150000
+
+
+@dataclass(frozen=True, slots=True)
+class Migration:
+    """One file `NNNN_name.sql`."""
+
+    number: int
+    name: str
+    statements: str
+
+
+def migrations() -> list[Migration]:
+    """Read the shipped migrations in order of their numbers."""
+    files = [f for f in resources.files("worker.store").joinpath("migrations").iterdir() if f.name.endswith(".sql")]
+    found = [Migration(int(f.name[:4]), f.name[5:-4], f.read_text(encoding="utf-8")) for f in files]
+    return sorted(found, key=lambda m: m.number)
+
+
+def migrate(database_url: str, *, partitions: int = 4) -> list[str]:
+    """Bring the schema `rollcall` up to date; return the names of what was applied now.
+
+    Args:
+        database_url: a libpq URL.
+        partitions: the number of event streams, fixed at the very first migration.
+
+    Raises:
+        TryLater: the database cannot be reached.
+        Refused: the server is too old, or the schema is newer than this program.
+
+    """
+    try:
+        connection = psycopg.connect(
+            database_url,
+            autocommit=True,
+            connect_timeout=CONNECT_TIMEOUT_S,
+            application_name="rollcall migrate",
+        )
+    except psycopg.OperationalError as error:
+        raise unreachable(error) from None
+    with connection:
+        if connection.info.server_version < MIN_SERVER_VERSION:
+            raise Refused("server_too_old", "PostgreSQL 15 or newer is needed; this server is older.")
+        connection.execute(sql.SQL("SET lock_timeout = {}").format(sql.Literal(LOCK_TIMEOUT_MS)))
+        connection.execute("SELECT pg_advisory_lock(%s)", [LOCK_KEY])
+        return _apply(connection, partitions)
+
+
+def _apply(connection: psycopg.Connection, partitions: int) -> list[str]:
+    connection.execute("CREATE SCHEMA IF NOT EXISTS rollcall")
+    connection.execute("SET search_path = rollcall")
+    connection.execute(
+        "CREATE TABLE IF NOT EXISTS schema_migrations"
+        " (number integer PRIMARY KEY, name text NOT NULL, applied_at timestamptz NOT NULL DEFAULT now())"
+    )
+    done = {row[0] for row in connection.execute("SELECT number FROM schema_migrations")}
+    known = migrations()
+    if ahead := done - {m.number for m in known}:
+        raise Refused(
+            "database_from_the_future",
+            f"The database has migration {max(ahead)}, which this version of Rollcall does not know:"
+            " run the newer version, or restore a backup taken before it.",
+        )
+    applied = []
+    for migration in known:
+        if migration.number in done:
+            continue
+        with connection.transaction():
+            connection.execute(sql.SQL(migration.statements))
+            connection.execute(
+                "INSERT INTO schema_migrations (number, name) VALUES (%s, %s)",
+                [migration.number, migration.name],
+            )
+        applied.append(f"{migration.number:04d}_{migration.name}")
+    connection.execute("INSERT INTO meta (partitions) VALUES (%s) ON CONFLICT DO NOTHING", [partitions])
+    return applied
+
+
+def unreachable(error: psycopg.Error) -> TryLater:
+    """Turn a failed connection into one line without the URL (which may hold a password)."""
+    detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return TryLater(
+        "database_unreachable",
+        f"Postgres cannot be reached: {detail}. Check DATABASE_URL and that it is running.",
+    )

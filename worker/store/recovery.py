@@ -1,0 +1,142 @@
+"""Recovery: what was lost is found again from Postgres, and what is merely slow is left alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from datetime import datetime, timedelta
+from typing import Any, LiteralString
+from uuid import UUID
+
+from worker.store.db import Connection, Database
+from worker.store.sending import SENT_LEASE
+
+PLAN_AFTER = timedelta(seconds=30)
+"""A run that nobody planned for so long has lost its message."""
+TIDY_EVERY = timedelta(minutes=5)
+CLOCKS_APART = timedelta(seconds=10)
+"""How far the clocks of Redis and Postgres may differ without a published part being fetched twice."""
+
+
+class Recovery:
+    """Finds stalled parts, unplanned runs and a Redis that went back."""
+
+    def __init__(self, db: Database) -> None:
+        self._db = db
+
+    async def partitions(self) -> int:
+        """Read how many streams there are."""
+        return int(await self._one("SELECT partitions FROM rollcall.meta"))
+
+    async def slots(self) -> int:
+        """Count the slots of living workers; at least one, so that a tick always moves something."""
+        return int(
+            await self._one(
+                "SELECT greatest(1, coalesce(sum(slots), 0)) FROM rollcall.workers"
+                " WHERE seen_at > now() - interval '60 seconds'"
+            )
+        )
+
+    async def tidy_is_due(self) -> bool:
+        """Claim the next tidying; one of several dispatchers gets it."""
+        return bool(
+            await self._one(
+                "UPDATE rollcall.meta SET tidied_at = now()"
+                " WHERE tidied_at IS NULL OR tidied_at < now() - %s RETURNING true",
+                TIDY_EVERY,
+            )
+        )
+
+    async def redis_went_back(self, tick: int) -> bool:
+        """Compare Redis's count of ticks with the last one seen.
+
+        Two ticks at once may raise a false alarm, which costs a few messages.
+        """
+        return bool(
+            await self._one(
+                "WITH seen AS (SELECT ticks FROM rollcall.meta FOR UPDATE)"
+                " UPDATE rollcall.meta SET ticks = %s FROM seen RETURNING seen.ticks >= %s",
+                tick,
+                tick,
+            )
+        )
+
+    async def void_messages(self) -> int:
+        """After Redis lost data: parts that were sent or published, but not applied, are due again."""
+        return int(
+            await self._one(
+                """
+                WITH lost AS (
+                    UPDATE rollcall.sync_parts SET lane = NULL, lease_until = NULL, published_at = NULL,
+                           status = CASE WHEN status = 'running' THEN 'waiting' ELSE status END
+                    WHERE (status = 'queued' AND lane IS NOT NULL) OR (status = 'running' AND published_at IS NOT NULL)
+                    RETURNING connector_id, dataset, claimed
+                ), freed AS (
+                    UPDATE rollcall.connector_access a SET lease_until = NULL FROM lost
+                    WHERE a.connector_id = lost.connector_id AND a.dataset = lost.dataset AND a.claimed = lost.claimed
+                )
+                SELECT count(*) FROM lost
+                """
+            )
+        )
+
+    async def renew(self, unapplied: Mapping[int, datetime]) -> None:
+        """Keep the leases of published parts whose entry may still wait for the writer: slow is not lost."""
+        if not unapplied:
+            return
+        await self._one(
+            """
+            WITH n AS (SELECT * FROM unnest(%s::int[], %s::timestamptz[]) AS n (partition, oldest)),
+            kept AS (
+                UPDATE rollcall.sync_parts p SET lease_until = now() + %s
+                FROM rollcall.connectors c JOIN n ON n.partition = c.partition
+                WHERE c.id = p.connector_id AND p.status = 'running' AND p.published_at > n.oldest - %s::interval
+                RETURNING p.connector_id, p.dataset, p.claimed
+            ), leases AS (
+                UPDATE rollcall.connector_access a SET lease_until = now() + %s FROM kept
+                WHERE a.connector_id = kept.connector_id AND a.dataset = kept.dataset AND a.claimed = kept.claimed
+            )
+            SELECT count(*) FROM kept
+            """,
+            list(unapplied),
+            list(unapplied.values()),
+            SENT_LEASE,
+            CLOCKS_APART,
+            SENT_LEASE,
+        )
+
+    async def unplanned(self) -> list[UUID]:
+        """Find queued runs whose message was lost."""
+
+        async def work(connection: Connection) -> list[UUID]:
+            rows = await connection.execute(
+                "SELECT id FROM rollcall.sync_runs WHERE status = 'queued' AND created_at < now() - %s LIMIT 100",
+                [PLAN_AFTER],
+            )
+            return [row["id"] async for row in rows]
+
+        return await self._db.transaction(work)
+
+    async def stalled(self, most: int) -> set[UUID]:
+        """Find connectors with a part that is due again: it waited long enough, or its lease is over."""
+
+        async def work(connection: Connection) -> set[UUID]:
+            rows = await connection.execute(
+                """
+                SELECT DISTINCT connector_id FROM (
+                    SELECT connector_id FROM rollcall.sync_parts
+                    WHERE status IN ('queued', 'running', 'waiting') AND not_before <= now()
+                      AND (lease_until IS NULL OR lease_until < now())
+                    ORDER BY not_before LIMIT %s) due
+                """,
+                [most],
+            )
+            return {row["connector_id"] async for row in rows}
+
+        return await self._db.transaction(work)
+
+    async def _one(self, query: LiteralString, *values: object) -> Any:
+        async def work(connection: Connection) -> Any:
+            row = await (await connection.execute(query, list(values))).fetchone()
+            return next(iter(row.values())) if row else None
+
+        return await self._db.transaction(work)

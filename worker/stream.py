@@ -1,0 +1,200 @@
+"""Event streams as their writer reads them, and as upkeep trims them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from redis.asyncio import Redis
+from redis.exceptions import ResponseError
+
+from worker import metrics
+from worker.entries import Entry
+from worker.redis import answering
+from worker.snapshots import stream_key
+
+GROUP = "writer"
+DEAD_LETTERS = "rollcall:deadletter"
+DEAD_LETTERS_MOST = 10_000
+START = "0"
+
+
+class RedisJournal:
+    """`worker.ports.Journal` of one partition, for one turn.
+
+    The consumer's name is the partition's, whoever holds its lock: what a killed writer had read is pending
+    under that name, and is read first.
+    """
+
+    def __init__(self, redis: Redis, partition: int) -> None:
+        self._redis, self._key, self._consumer = redis, stream_key(partition), f"partition-{partition}"
+        self._pending_after: str | None = START
+
+    async def read(self, count: int, *, block_ms: int | None) -> list[Entry]:
+        """Read pending entries, then new ones; see `worker.ports.Journal`."""
+        if self._pending_after is not None:
+            entries = await self._read(self._pending_after, count, None)
+            if entries:
+                self._pending_after = entries[-1].id
+                return [entry for entry in entries if entry.fields]
+            self._pending_after = None
+        return await self._read(">", count, block_ms)
+
+    async def _read(self, after: str, count: int, block_ms: int | None) -> list[Entry]:
+        with answering():
+            try:
+                found = await self._ask(after, count, block_ms)
+            except ResponseError as error:
+                if not str(error).startswith("NOGROUP"):
+                    raise
+                await ensure_group(self._redis, self._key, GROUP)
+                found = await self._ask(after, count, block_ms)
+        return [Entry(fields, entry_id.decode()) for _, items in found for entry_id, fields in items]
+
+    async def _ask(self, after: str, count: int, block_ms: int | None) -> list[Any]:
+        found = await self._redis.xreadgroup(GROUP, self._consumer, {self._key: after}, count=count, block=block_ms)
+        return list(found.items()) if isinstance(found, dict) else found or []
+
+    async def acknowledge(self, ids: Sequence[str]) -> None:
+        """Acknowledge; see `worker.ports.Journal`."""
+        if ids:
+            with answering():
+                await self._redis.xack(self._key, GROUP, *ids)
+
+    async def set_aside(self, entries: Sequence[Entry], reason: str) -> None:
+        """Move to the dead letters and acknowledge, in one step; see `worker.ports.Journal`."""
+        metrics.DEAD_LETTERS.labels(reason.partition(":")[0]).inc()
+        with answering():
+            async with self._redis.pipeline(transaction=True) as pipe:
+                for entry in entries:
+                    origin = f"{self._key} {entry.id}"
+                    pipe.xadd(
+                        DEAD_LETTERS,
+                        _writable(entry, reason=reason, attempts="1", origin=origin),
+                        maxlen=DEAD_LETTERS_MOST,
+                        approximate=True,
+                    )
+                pipe.xack(self._key, GROUP, *(entry.id for entry in entries))
+                await pipe.execute()
+
+    async def announce(self, entries: Sequence[Entry]) -> None:
+        """Append entries to the stream, in order."""
+        with answering():
+            async with self._redis.pipeline(transaction=False) as pipe:
+                for entry in entries:
+                    pipe.xadd(self._key, _writable(entry))
+                await pipe.execute()
+
+
+def _writable(entry: Entry, **more: str) -> dict[Any, Any]:
+    return {**entry.fields, **more}
+
+
+async def ensure_group(redis: Redis, key: str, group: str) -> None:
+    """Create a consumer group that reads from the very start, with its stream, unless it is there."""
+    try:
+        await redis.xgroup_create(key, group, id=START, mkstream=True)
+    except ResponseError as error:
+        if not str(error).startswith("BUSYGROUP"):
+            raise
+
+
+async def last_ids(redis: Redis, partitions: int) -> dict[str, bytes]:
+    """Read where each stream ends now."""
+    keys = [stream_key(n) for n in range(partitions)]
+    with answering():
+        async with redis.pipeline(transaction=False) as pipe:
+            for key in keys:
+                pipe.xrevrange(key, count=1)
+            found = await pipe.execute()
+    return {key: entries[0][0] if entries else b"0-0" for key, entries in zip(keys, found, strict=True)}
+
+
+async def wait_beyond(redis: Redis, ends: dict[str, bytes], *, block_ms: int) -> None:
+    """Wait until some stream has grown beyond these ids, `block_ms` at most."""
+    with answering():
+        await redis.xread({**ends}, count=1, block=block_ms)
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What the writer has not applied yet of a partition: since when, None when nothing."""
+
+    oldest: datetime | None
+    entries: int
+
+
+async def backlog(redis: Redis, partition: int) -> Backlog:
+    """Measure what is pending or unread for the writer (never by `lag`, which is wrong after deletes)."""
+    key = stream_key(partition)
+    with answering():
+        length = await redis.xlen(key)
+        groups = await redis.xinfo_groups(key) if length else []
+        mine = next((g for g in groups if _text(g["name"]) == GROUP), None)
+        if mine is None:
+            first = await redis.xrange(key, count=1) if length else []
+            return Backlog(_time(first[0][0]) if first else None, length)
+        last = _text(mine["last-delivered-id"])
+        pending = await redis.xpending(key, GROUP) if mine["pending"] else None
+        unread = await redis.xrange(key, min=f"({last}", count=1)
+    ids = [i for i in ((pending or {}).get("min"), unread[0][0] if unread else None) if i]
+    return Backlog(min((_time(i) for i in ids), default=None), length)
+
+
+def _time(entry_id: Any) -> datetime:
+    return datetime.fromtimestamp(int(_text(entry_id).partition("-")[0]) / 1000, UTC)
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+TICKS = "rollcall:ticks"
+
+
+async def tick(redis: Redis) -> int:
+    """Count a tick in Redis; a count below an earlier one tells that Redis lost data."""
+    with answering():
+        return int(await redis.incr(TICKS))
+
+
+async def trim(redis: Redis, partition: int, *, retention_s: float, ceiling_entries: int) -> int:
+    """Trim a stream behind its slowest group within the retention; return the entries gone.
+
+    Past half the ceiling the stream is cut behind the writer, whoever else has not read yet. What the writer
+    has not applied is never cut.
+    """
+    key = stream_key(partition)
+    with answering():
+        length = await redis.xlen(key)
+        if not length:
+            return 0
+        groups = await redis.xinfo_groups(key)
+        if not any(_text(g["name"]) == GROUP for g in groups):
+            return 0
+        reached = {_text(g["name"]): await _reached(redis, key, g) for g in groups}
+        seconds, _ = await redis.time()
+        horizon = (int((seconds - retention_s) * 1000), 0)
+        slowest = min(reached.values())
+        until = min(max(slowest, horizon), reached[GROUP])
+        if length > ceiling_entries // 2:
+            until = reached[GROUP]
+        gone = await redis.xtrim(key, minid=f"{until[0]}-{until[1]}", approximate=False)
+    metrics.STREAM_ENTRIES.labels(str(partition)).set(length - gone)
+    return int(gone)
+
+
+async def _reached(redis: Redis, key: str, group: dict[str, Any]) -> tuple[int, int]:
+    """Give the id before which a group needs nothing any more."""
+    if group["pending"]:
+        pending = await redis.xpending(key, _text(group["name"]))
+        return _id(pending["min"])
+    milliseconds, sequence = _id(group["last-delivered-id"])
+    return milliseconds, sequence + 1
+
+
+def _id(entry_id: Any) -> tuple[int, int]:
+    milliseconds, _, sequence = _text(entry_id).partition("-")
+    return int(milliseconds), int(sequence or 0)
