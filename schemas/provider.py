@@ -130,9 +130,7 @@ SERVICE_ACCOUNTS: Final = TypeAdapter(list[ServiceAccount], config=ConfigDict(hi
 TABULAR: Final = TypeAdapter(Tabular)
 
 _SUSPECT: Final = (b"\\u0000", b"\\ud", b"\\uD")
-_ESCAPE: Final = re.compile(
-    rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<bad>u0000|u[dD][89a-fA-F]..)|.)", re.DOTALL
-)
+_ESCAPE: Final = re.compile(rb"\\(?:u[dD][89abAB]..\\u[dD][c-fC-F]..|(?P<bad>u0000|u[dD][89a-fA-F]..)|.)", re.DOTALL)
 
 
 def clean(body: bytes) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Final
 from uuid import UUID
@@ -9,7 +10,7 @@ from uuid import UUID
 import celery.signals
 import structlog
 from celery import Celery
-from kombu import Queue
+from kombu.entity import Queue
 from kombu.exceptions import ChannelError, OperationalError
 
 from schemas.connectors import Dataset, RunKind
@@ -62,7 +63,10 @@ app.conf.update(
 
 @celery.signals.setup_logging.connect
 def _keep_our_logging(**_: object) -> None:
-    """Keep Celery from taking the root logger: `worker.logs` is configured already."""
+    """Keep Celery from taking the root logger (`worker.logs` has it), and from telling each message twice."""
+    if not logging.getLogger().isEnabledFor(logging.DEBUG):
+        for chatty in ("celery.worker.strategy", "celery.app.trace", "celery.beat"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)
 
 
 def configure(settings: Settings) -> Celery:

@@ -189,7 +189,7 @@ class PgLedger:
 
         async def work(connection: Connection) -> None:
             await connection.execute(
-                "UPDATE rollcall.connectors SET cost_since = %s WHERE id = %s",
+                "UPDATE rollcall.connectors SET cost_since = least(cost_since, %s) WHERE id = %s",
                 [day, claim.target.connector_id],
             )
 
