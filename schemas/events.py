@@ -53,7 +53,7 @@ class RecordChange(_Open):
 
 
 class UsageDayChange(UsageDay):
-    """`data` of `usage_day.changed`: the whole day; `op` r marks a replay, d a day without any usage left."""
+    """`data` of `usage_day.changed`: the whole day each time; `op` is c, u, or r in a replay."""
 
     op: Op = Op.UPDATED
 

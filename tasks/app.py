@@ -29,6 +29,7 @@ QUEUES: Final = (DISPATCH, SYNC, FETCH, BACKFILL)
 VISIBILITY_TIMEOUT_S: Final = 3600
 """After this the broker redelivers what was never acknowledged; the ledger is much quicker, and is relied on."""
 SOCKET_TIMEOUT_S: Final = 5.0
+"""A broker that accepts but does not answer is given up after this."""
 
 app = Celery("rollcall")
 app.conf.update(
@@ -55,9 +56,10 @@ app.conf.update(
     broker_connection_timeout=SOCKET_TIMEOUT_S,
     broker_heartbeat=10,
     broker_pool_limit=4,
+    worker_consumer="tasks.consumer:PromptConsumer",
     timezone="UTC",
     enable_utc=True,
-    imports=("tasks.dispatch", "tasks.sync", "tasks.fetch", "tasks.upkeep"),
+    imports=("tasks.consumer", "tasks.dispatch", "tasks.sync", "tasks.fetch", "tasks.upkeep"),
 )
 
 

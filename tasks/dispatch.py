@@ -26,8 +26,8 @@ def dispatch_due(**_message: object) -> None:
 
 async def _tick(runtime: Runtime) -> None:
     dispatch, recovery = runtime.dispatch, runtime.recovery
-    if await recovery.redis_went_back(await tick(runtime.redis)):
-        log.warning("redis_lost", parts_due_again=await recovery.void_messages())
+    if await recovery.redis_went_back(await tick(runtime.redis)) and (lost := await recovery.void_messages()):
+        log.warning("redis_lost_data", parts_due_again=lost)
     unapplied = {n: (await backlog(runtime.redis, n)).oldest for n in range(await recovery.partitions())}
     await recovery.renew({n: at for n, at in unapplied.items() if at is not None})
     for run_id in await recovery.unplanned():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 
-from tasks import bridge
+from tasks import bridge, consumer
 from tasks.app import QUEUES, configure
 from tasks.bridge import Bridge
 from worker import metrics
@@ -20,11 +20,13 @@ def main(settings: Settings) -> int:
     here = Bridge(settings, role="worker", slots=settings.worker_slots)
     here.open()
     bridge.install(here)
+    consumer.pulse = consumer.Pulse(here.name)
+    app.conf.task_queues = [*app.conf.task_queues, consumer.pulse.queue]
     try:
         worker = app.Worker(
             pool="threads",
             concurrency=settings.worker_slots,
-            queues=list(QUEUES),
+            queues=[*QUEUES, consumer.pulse.queue.name],
             hostname=f"rollcall-{os.getpid()}@{socket.gethostname()}",
             without_gossip=True,
             without_mingle=True,
@@ -32,9 +34,11 @@ def main(settings: Settings) -> int:
             optimization="fair",
             quiet=True,
         )
+        consumer.pulse.start()
         worker.start()
         return int(worker.exitcode or 0)
     finally:
+        consumer.pulse.stop()
         bridge.install(None)
         here.close()
         if server is not None:

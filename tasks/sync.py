@@ -6,13 +6,13 @@ import asyncio
 
 import structlog
 from pydantic import ValidationError
-from worker.connectors import request_sync as request
 
 from schemas.connectors import RunStatus
 from schemas.messages import RequestSync, SyncConnector
 from tasks import bridge
 from tasks.app import app, send_sync
 from tasks.sending import deliver
+from worker.connectors import request_sync as request
 from worker.wiring import Runtime
 
 log = structlog.get_logger()

@@ -5,13 +5,13 @@ A *base* is what was last published, held records included; *seen* is what the p
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TypeAlias
 
 from schemas.events import Op
 from schemas.records import Listing, Record
-from worker.usage import day_digest, row_count, usage_day
+from worker.usage import usage_day
 
 Missing: TypeAlias = dict[str, tuple[int, str]]
 """Held subjects: in how many runs in a row each was missing, and the id of the last of these runs."""
@@ -108,7 +108,7 @@ def guard(
 
     """
     if incomplete:
-        return Guarded(frozenset(), {subject: held[subject] for subject in held if subject in missing})
+        return Guarded(frozenset(), {subject: held[subject] for subject in missing if subject in held})
     large = limits.exceeded(missing=len(missing), known=known, seen=seen)
     remove = set()
     still: Missing = {}
@@ -124,31 +124,6 @@ def guard(
         else:
             still[subject] = (runs, run_id)
     return Guarded(frozenset(remove), still)
-
-
-def changed_days(base: Mapping[str, tuple[str, int]], seen: Listing) -> list[str]:
-    """List the usage days whose digest differs from the base's (digest, row count), or that it lacks."""
-    return [
-        subject for subject, day in sorted(seen.items()) if subject not in base or base[subject][0] != day_digest(day)
-    ]
-
-
-def suspicious_days(base: Mapping[str, tuple[str, int]], seen: Listing, limits: GuardLimits) -> list[str]:
-    """List the usage days that lost so many rows that the loss must be confirmed: a large drop of rows."""
-    return [
-        subject
-        for subject, day in sorted(seen.items())
-        if subject in base
-        and limits.exceeded(missing=base[subject][1] - row_count(day), known=base[subject][1], seen=row_count(day))
-    ]
-
-
-def day_changes(base: Mapping[str, tuple[str, int]], seen: Listing) -> list[Change]:
-    """Make the changes of the usage days that `changed_days` names, sorted by subject."""
-    return [
-        Change(subject, Op.UPDATED if subject in base else Op.CREATED, None, seen[subject], ())
-        for subject in changed_days(base, seen)
-    ]
 
 
 def row_subjects(record: Record) -> list[str]:

@@ -70,13 +70,12 @@ def doubtful_days(claim: Claim, base: Base, prints: Fingerprints, limits: GuardL
     return [
         subject
         for subject, (_, rows) in prints.items()
-        if subject in held or _dropped(base.days.get(subject, ("", 0))[1], rows, limits)
+        if subject in held or _lost_many(base.days.get(subject, ("", 0))[1], rows, limits)
     ]
 
 
-def _dropped(before: int, after: int, limits: GuardLimits) -> bool:
-    gone = before - after
-    return gone > 0 and (after == 0 or (gone > limits.records and gone > limits.share * before))
+def _lost_many(before: int, after: int, limits: GuardLimits) -> bool:
+    return limits.exceeded(missing=before - after, known=before, seen=after)
 
 
 def fingerprints(days: Listing) -> dict[str, tuple[str, int]]:

@@ -16,7 +16,7 @@ from worker.errors import TryLater
 from worker.settings import Settings
 from worker.store.announcements import mark_published, unpublished
 from worker.store.books import PgBooks
-from worker.store.db import Connection, connect
+from worker.store.db import Connection, answering, connect
 from worker.stream import RedisJournal, last_ids, wait_beyond
 from worker.writer import Turn, fold
 
@@ -53,7 +53,8 @@ class Writer:
             try:
                 connection = await connect(self.settings.require_database(), "writer")
                 try:
-                    await self._turns(connection)
+                    with answering():
+                        await self._turns(connection)
                 finally:
                     await connection.close()
                 pause_s = 0.1

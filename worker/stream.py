@@ -101,7 +101,7 @@ async def ensure_group(redis: Redis, key: str, group: str) -> None:
             raise
 
 
-async def last_ids(redis: Redis, partitions: int) -> dict[str, bytes]:
+async def last_ids(redis: Redis, partitions: int) -> dict[Any, Any]:
     """Read where each stream ends now."""
     keys = [stream_key(n) for n in range(partitions)]
     with answering():
@@ -112,10 +112,10 @@ async def last_ids(redis: Redis, partitions: int) -> dict[str, bytes]:
     return {key: entries[0][0] if entries else b"0-0" for key, entries in zip(keys, found, strict=True)}
 
 
-async def wait_beyond(redis: Redis, ends: dict[str, bytes], *, block_ms: int) -> None:
+async def wait_beyond(redis: Redis, ends: dict[Any, Any], *, block_ms: int) -> None:
     """Wait until some stream has grown beyond these ids, `block_ms` at most."""
     with answering():
-        await redis.xread({**ends}, count=1, block=block_ms)
+        await redis.xread(ends, count=1, block=block_ms)
 
 
 @dataclass(frozen=True, slots=True)

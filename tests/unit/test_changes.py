@@ -14,16 +14,13 @@ from worker.changes import (
     Change,
     GuardLimits,
     Missing,
-    changed_days,
-    day_changes,
     diff,
     guard,
     keep_rows,
     merged,
     row_subjects,
-    suspicious_days,
 )
-from worker.usage import day_digest, row_count, usage_day
+from worker.usage import usage_day
 
 LIMITS = GuardLimits()
 SMALL = GuardLimits(records=2, share=0.5, runs=3)
@@ -224,41 +221,6 @@ def day(*rows: tuple[str, str, str], number: int = 1) -> Record:
         [{"key": key, "label": None, "unit": unit, "amount": amount} for key, unit, amount in rows],
         settled=False,
     )
-
-
-def base_of(listing: Listing) -> dict[str, tuple[str, int]]:
-    return {subject: (day_digest(record), row_count(record)) for subject, record in listing.items()}
-
-
-def test_usage_changes_are_whole_days() -> None:
-    """A day that differs is updated whole, an unknown one is created, an equal one is left alone."""
-    base = base_of({"usage/member/2026-03-02": day(("u", "credits", "1")), "usage/member/2026-03-03": day()})
-    seen = {
-        "usage/member/2026-03-03": day(),
-        "usage/member/2026-03-02": day(("u", "credits", "2")),
-        "usage/member/2026-03-01": day(),
-    }
-    assert changed_days(base, seen) == ["usage/member/2026-03-01", "usage/member/2026-03-02"]
-    assert day_changes(base, seen) == [
-        Change("usage/member/2026-03-01", Op.CREATED, None, seen["usage/member/2026-03-01"], ()),
-        Change("usage/member/2026-03-02", Op.UPDATED, None, seen["usage/member/2026-03-02"], ()),
-    ]
-
-
-@pytest.mark.parametrize(
-    ("before", "after", "suspicious"),
-    [(100, 80, False), (100, 79, True), (12, 2, False), (12, 1, True), (1, 0, True), (0, 0, False), (1, 9, False)],
-)
-def test_day_that_lost_many_rows_is_suspicious(before: int, after: int, suspicious: bool) -> None:
-    """A day loses rows by the same rule as a listing loses records."""
-    record = day(*((f"u{n:03d}", "credits", "1") for n in range(after)))
-    found = suspicious_days({"usage/member/2026-03-01": ("", before)}, {"usage/member/2026-03-01": record}, LIMITS)
-    assert found == (["usage/member/2026-03-01"] if suspicious else [])
-
-
-def test_unknown_day_is_not_suspicious() -> None:
-    """A day that was never published has lost nothing."""
-    assert suspicious_days({}, {"usage/member/2026-03-01": day()}, LIMITS) == []
 
 
 def test_kept_rows_come_back_with_their_totals() -> None:

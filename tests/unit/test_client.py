@@ -239,6 +239,14 @@ async def test_a_client_must_be_open() -> None:
         await send(client)
 
 
+async def test_no_cookie_is_kept(client: Client) -> None:
+    """A cookie set for one request never goes out with the next, which may be another tenant's."""
+    assert client._session is not None
+    jar = client._session.cookie_jar
+    jar.update_cookies({"session": "tenant-a"}, URL(BASE))
+    assert not jar.filter_cookies(URL(BASE))
+
+
 async def converse(client: Client) -> Asked:
     return await client.converse(BASE, KEY, probe(), deadline_s=60)
 

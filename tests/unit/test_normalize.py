@@ -16,7 +16,7 @@ from schemas.provider import clean
 from worker.errors import ContractBroken
 from worker.normalize import directory
 
-ANA = {
+ANA: dict[str, Any] = {
     "user_id": "usr_1",
     "email": "ana@example.com",
     "first_name": "Ana",
@@ -24,8 +24,8 @@ ANA = {
     "is_owner": True,
     "is_locked": False,
 }
-BO = {**ANA, "user_id": "usr_2", "email": "bo@example.com", "first_name": None, "is_owner": False}
-GROUP = {
+BO: dict[str, Any] = {**ANA, "user_id": "usr_2", "email": "bo@example.com", "first_name": None, "is_owner": False}
+GROUP: dict[str, Any] = {
     "id": "grp_1",
     "name": "Research",
     "members": ["usr_2", "usr_1", "usr_2"],
@@ -35,7 +35,7 @@ GROUP = {
     "character_count": 12_345,
     "scim_group": None,
 }
-KEY = {
+KEY: dict[str, Any] = {
     "name": "ci-prod",
     "hint": "9f3c",
     "key_id": "key_1",
@@ -52,7 +52,7 @@ KEY = {
     "platform_limits": {"credits": {"limit": 5, "usage": 4}, "pvc": {"limit": None}, "concurrency": None},
     "expires_at_unix": 1_767_000_000,
 }
-OLD_KEY = {
+OLD_KEY: dict[str, Any] = {
     "name": "old",
     "hint": "0000",
     "key_id": "key_0",
@@ -61,7 +61,7 @@ OLD_KEY = {
     "permissions": None,
     "character_limit": None,
 }
-ACCOUNT = {
+ACCOUNT: dict[str, Any] = {
     "service_account_user_id": "sa_1",
     "name": "narrator",
     "created_at_unix": 1_760_000_000,
@@ -133,9 +133,7 @@ def test_groups_may_be_array_or_empty() -> None:
     assert listed(Dataset.GROUPS, {}) == {}
 
 
-@pytest.mark.parametrize(
-    ("wire", "record"), [(0, "0"), ("unlimited", "unlimited"), (None, None), ("700", "700")]
-)
+@pytest.mark.parametrize(("wire", "record"), [(0, "0"), ("unlimited", "unlimited"), (None, None), ("700", "700")])
 def test_group_limit_is_text(wire: object, record: str | None) -> None:
     """A group's limit is digits, `unlimited` or null."""
     found = listed(Dataset.GROUPS, {"g": {**GROUP, "group_usage_limit": wire}})
@@ -144,9 +142,7 @@ def test_group_limit_is_text(wire: object, record: str | None) -> None:
 
 def test_null_permissions_are_not_an_empty_list() -> None:
     """Null permissions mean unrestricted and stay null; an empty list stays empty."""
-    found = listed(
-        Dataset.GROUPS, [{**GROUP, "permissions": None}, {**GROUP, "id": "grp_2", "permissions": []}]
-    )
+    found = listed(Dataset.GROUPS, [{**GROUP, "permissions": None}, {**GROUP, "id": "grp_2", "permissions": []}])
     assert [record["permissions"] for record in found.values()] == [None, []]
 
 
@@ -195,6 +191,14 @@ def test_service_account_and_its_keys_become_records() -> None:
             "platform_limits": None,
         },
     }
+
+
+def test_sharing_is_sorted_by_group() -> None:
+    """The groups an account shares with stand in order, each once."""
+    groups = [{"group": {"id": f"grp_{n}"}, "permission_level": "viewer"} for n in (7, 3, 9, 1, 8, 3, 5)]
+    found = listed(Dataset.SERVICE_ACCOUNTS, {"service-accounts": [{**ACCOUNT, "default_sharing_groups": groups}]})
+    sharing = found["service_account/sa_1"]["sharing"]
+    assert [one["group_id"] for one in sharing] == ["grp_1", "grp_3", "grp_5", "grp_7", "grp_8", "grp_9"]
 
 
 def test_counters_are_no_part_of_records() -> None:

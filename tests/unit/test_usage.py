@@ -181,7 +181,14 @@ def test_nonsense_amounts_break_the_contract(cell: object) -> None:
 
 def test_zeros_and_nulls_are_no_rows() -> None:
     """Zero-filled buckets, null amounts and amounts that cancel out leave no row."""
-    rows = [[AT, "a", 0], [AT, "b", 0.0], [AT, "c", None], [AT, "d", "0.00"], [AT, "e", 2.5], [AT, "e", -2.5]]
+    rows: list[list[Any]] = [
+        [AT, "a", 0],
+        [AT, "b", 0.0],
+        [AT, "c", None],
+        [AT, "d", "0.00"],
+        [AT, "e", 2.5],
+        [AT, "e", -2.5],
+    ]
     assert credit_days(rows) == credit_days([])
 
 
@@ -227,7 +234,13 @@ def test_label_column_labels_rows(dataset: Dataset, column: str) -> None:
         ("total_usage", "Float", "credits"),
         (column, "String", None),
     ]
-    rows = [["a", AT, 1, "Zoe"], ["a", AT, 1, "Ana"], ["a", AT, 1, None], [None, AT, 1, None], ["b", AT, 1, ""]]
+    rows: list[list[Any]] = [
+        ["a", AT, 1, "Zoe"],
+        ["a", AT, 1, "Ana"],
+        ["a", AT, 1, None],
+        [None, AT, 1, None],
+        ["b", AT, 1, ""],
+    ]
     record = days([page(columns, rows)], dataset)[f"usage/{dataset.dimension}/2026-03-30"]
     assert [(row["key"], row["label"]) for row in record["rows"]] == [("", None), ("a", "Ana"), ("b", None)]
 
@@ -290,7 +303,7 @@ def test_time_column_may_have_another_name() -> None:
 
 
 @pytest.mark.parametrize("row", [[["x"], "u", 1], [AT, 7, 1], [AT, ["u"], 1], [None, "u", 1], [True, "u", 1]])
-def test_cells_of_a_strange_type_break_the_contract(row: list[object]) -> None:
+def test_cells_of_a_strange_type_break_the_contract(row: list[Any]) -> None:
     """A time or group that is no such thing is refused."""
     with pytest.raises(ContractBroken):
         credit_days([[AT, "u", 1], row])

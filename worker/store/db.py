@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from typing import Any, TypeVar
 
 import psycopg
@@ -47,6 +47,20 @@ def connection_options(application: str) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def answering() -> Iterator[None]:
+    """Turn a database that is away into `TryLater`.
+
+    Raises:
+        TryLater: the connection broke, or cannot be made.
+
+    """
+    try:
+        yield
+    except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+        raise unreachable(error) from error
+
+
 async def connect(url: SecretStr, application: str) -> Connection:
     """Open one connection of one's own.
 
@@ -54,10 +68,8 @@ async def connect(url: SecretStr, application: str) -> Connection:
         TryLater: the database cannot be reached.
 
     """
-    try:
+    with answering():
         return await AsyncConnection[Row].connect(url.get_secret_value(), **connection_options(application))
-    except psycopg.OperationalError as error:
-        raise unreachable(error) from None
 
 
 class Database:
@@ -122,13 +134,12 @@ async def repeated(once: Callable[[], Awaitable[T]]) -> T:
     """
     for attempt in range(REPEATS):
         try:
-            return await once()
+            with answering():
+                return await once()
         except (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected):
             await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - jitter, no secret
         except (psycopg.DataError, psycopg.IntegrityError) as error:
             raise ContractBroken("unwritable", f"SQLSTATE {error.sqlstate}: {_constraint(error)}") from error
-        except (psycopg.OperationalError, psycopg.InterfaceError) as error:
-            raise unreachable(error) from error
     raise TryLater("database_contended", "Postgres asked for too many repeats of one transaction.")
 
 

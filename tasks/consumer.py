@@ -1,0 +1,96 @@
+"""Staying connected: quick retries, and a pulse that proves the worker consumes."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import threading
+import time
+from typing import Any, Final
+
+import structlog
+from celery import Task
+from celery.worker.consumer import Consumer
+from kombu.entity import Queue
+
+from tasks.app import SOCKET_TIMEOUT_S, app
+from worker.errors import TryLater
+
+log = structlog.get_logger()
+
+PULSE_S: Final = 5.0
+SILENCE_S: Final = 12.0
+"""A worker that the broker takes pulses from, but that gets none for so long, is deaf."""
+
+
+class PromptConsumer(Consumer):
+    """Celery's consumer, but a broker that returns is noticed within two seconds, not within thirty."""
+
+    def ensure_connected(self, conn: Any) -> Any:
+        """Connect, trying again at short, bounded intervals."""
+        conn.ensure_connection = functools.partial(
+            conn.ensure_connection, interval_start=0.2, interval_step=0.3, interval_max=2.0
+        )
+        return super().ensure_connected(conn)
+
+
+class Pulse:
+    """Sends this worker a message on a queue of its own, and starts the process anew when none arrives.
+
+    A Celery worker can look alive and consume nothing after its broker hiccuped (seen in the wild:
+    celery/celery#8030, celery/celery#10302). A process that replaces itself keeps its pid; what it had in hand
+    is due again in the ledger.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.queue = Queue(f"rollcall.pulse.{name}", auto_delete=True, expires=60.0, message_ttl=PULSE_S)
+        self._heard = time.monotonic()
+        self._answered = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="rollcall-pulse", daemon=True)
+
+    def start(self) -> None:
+        """Start sending."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Stop sending."""
+        self._stop.set()
+        self._thread.join(SOCKET_TIMEOUT_S * 2)
+
+    def heard(self) -> None:
+        """Note that a pulse arrived."""
+        self._heard = time.monotonic()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(PULSE_S):
+            began = time.monotonic()
+            if not self._send():
+                self._answered = 0.0
+                continue
+            self._answered = self._answered or began
+            if self.deaf(time.monotonic()):
+                log.critical("worker_deaf", detail="the broker takes messages but none arrive; starting anew")
+                os.execv(sys.executable, sys.orig_argv)  # noqa: S606 - this very program, with its own arguments
+
+    def deaf(self, now: float) -> bool:
+        """Tell whether the broker has answered, and nothing has been heard, for too long."""
+        return bool(self._answered) and min(now - self._heard, now - self._answered) > SILENCE_S
+
+    def _send(self) -> bool:
+        try:
+            app.send_task("rollcall.pulse", queue=self.queue, expires=PULSE_S, retry=False, ignore_result=True)
+        except (OSError, TryLater, *app.connection_for_write().recoverable_connection_errors):
+            return False
+        return True
+
+
+pulse: Pulse | None = None
+
+
+@app.task(name="rollcall.pulse", bind=True, acks_late=False)
+def heard(_task: Task, **_message: object) -> None:
+    """Hear this worker's own pulse."""
+    if pulse is not None:
+        pulse.heard()

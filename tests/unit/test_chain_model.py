@@ -1,0 +1,323 @@
+"""The chain of versions under random interleavings: whatever dies, Postgres and a subscriber equal the provider.
+
+The real recipes (`observe`, `fold`) run against a world in memory; a seed decides who goes on at which port call,
+what changes at the provider, and who is killed, flushed, rolled back or robbed of a lease.
+"""
+
+from __future__ import annotations
+
+import random
+from datetime import timedelta
+from uuid import UUID
+
+import pytest
+
+from schemas.connectors import Dataset, PartStatus, RunKind
+from schemas.records import Listing
+from tests.fixtures import model
+from tests.fixtures.model import (
+    CALENDAR,
+    CONNECTOR,
+    DATASETS,
+    NOON,
+    OPEN,
+    POISON,
+    TODAY,
+    Actor,
+    ModelBooks,
+    ModelFacts,
+    ModelJournal,
+    ModelLedger,
+    ModelProvider,
+    ModelSnapshots,
+    ModelWorld,
+    Part,
+    Told,
+    Violation,
+    insist,
+)
+from worker import entries
+from worker.changes import GuardLimits
+from worker.elevenlabs.asking import Window, ask, drive
+from worker.elevenlabs.protocol import Answer
+from worker.observe import Ports, observe
+from worker.plan import OpenPart, pick
+from worker.writer import Turn, fold
+
+LIMITS = GuardLimits(records=1, share=0.2, runs=3)
+DAY = timedelta(days=1)
+RECENT, EARLIER = Window(TODAY - DAY, TODAY + DAY), Window(TODAY - 3 * DAY, TODAY - DAY)
+WHOLE = Window(EARLIER.start, RECENT.end)
+HABITS = {
+    "advance": 40,
+    "send": 5,
+    "run": 2,
+    "reconcile": 1,
+    "change": 4,
+    "write": 6,
+    "subscribe": 4,
+    "again": 2,
+    "kill": 2,
+    "break_lease": 3,
+    "flush": 1,
+    "copy": 1,
+    "roll_back": 1,
+    "trim": 1,
+    "unlock": 1,
+    "back_up": 1,
+    "restore": 1,
+    "clock": 1,
+    "drop": 1,
+    "poison": 1,
+}
+"""What may happen, and how often."""
+ALWAYS = ("advance", "send", "run", "reconcile", "change", "write", "subscribe")
+FAULTS = ("outage", "incomplete", "full", "repeat")
+
+
+class Story:
+    """One interleaving: `tell` lives through it, `settle` lets it end and compares."""
+
+    def __init__(self, seed: int) -> None:
+        self.rng = random.Random(seed)  # noqa: S311 - a story, no secret
+        self.world, self.trace = ModelWorld(self.rng), [f"seed {seed}"]
+        self.messages: list[list[UUID]] = []
+        self.copy, self.backup = self.world.redis.copy(), self.world.postgres.copy()
+        self.blind = False
+        share = self.rng.random()
+        self.habits = {
+            name: weight
+            for name, weight in HABITS.items()
+            if name in ALWAYS or (self.rng.random() < share)
+        }
+        self.world.faults = {name for name in FAULTS if self.rng.random() < share}
+
+    def tell(self, actions: int) -> None:
+        names, weights = list(self.habits), list(self.habits.values())
+        self.run()
+        for name in self.rng.choices(names, weights, k=actions):
+            getattr(self, name)()
+
+    def note(self, line: str) -> None:
+        self.trace.append(line)
+
+    # what happens
+
+    def advance(self) -> None:
+        ready = [actor for actor in self.world.actors if actor.parked]
+        if ready:
+            actor = self.rng.choice(ready)
+            self.note(f"{actor.name} goes on")
+            actor.advance(self.rng)
+
+    def run(self, kind: RunKind = RunKind.POLL) -> None:
+        if sum(part.status in OPEN for part in self.world.postgres.parts.values()) > 4:
+            return
+        run_id = self._id()
+        windows = [RECENT] if kind is RunKind.POLL else [RECENT, EARLIER]
+        for dataset in DATASETS:
+            for window in windows if dataset.dimension else [None]:
+                part = Part(self._id(), run_id, kind, dataset, window)
+                self.world.postgres.parts[part.id] = part
+        self.note(f"a {kind}")
+
+    def reconcile(self) -> None:
+        self.run(RunKind.RECONCILE)
+
+    def send(self) -> None:
+        """Send what `plan.pick` picks, as the ledger does."""
+        postgres = self.world.postgres
+        parts = [
+            OpenPart(
+                part.id,
+                part.run_id,
+                part.kind,
+                part.dataset,
+                part.window.start if part.window else None,
+                NOON,
+                part.lane,
+                part.lane is not None and part.leased,
+                postgres.chains[part.dataset].leased,
+            )
+            for part in postgres.parts.values()
+            if part.status in OPEN
+        ]
+        sending = pick(CONNECTOR, parts, now=NOON, allow_bulk=True)
+        if sending is None:
+            return
+        for part_id, lane in sending.lanes.items():
+            part = postgres.parts[part_id]
+            part.status, part.lane, part.leased = PartStatus.QUEUED, lane, True
+        self.messages.append(list(sending.lanes))
+        self._fetch(self.messages[-1])
+
+    def again(self) -> None:
+        """Deliver some earlier message once more."""
+        if self.messages:
+            self._fetch(self.rng.choice(self.messages[-4:]))
+
+    def _fetch(self, part_ids: list[UUID]) -> None:
+        actor = self.world.actor(f"fetcher {len(self.trace)}")
+        self.note(f"{actor.name} starts on {[part_id.int for part_id in part_ids]}")
+        ports = Ports(
+            ModelLedger(actor), ModelFacts(actor), ModelSnapshots(actor), ModelProvider(actor), CALENDAR, LIMITS
+        )
+        actor.start(observe(part_ids, ports))
+
+    def write(self) -> None:
+        """A writer takes a turn, if nobody holds the lock."""
+        if self.world.lock is None:
+            actor = self.world.lock = self.world.actor(f"writer {len(self.trace)}")
+            self.note(f"{actor.name} takes the lock")
+            actor.start(self._turn(actor, self.rng.randint(1, 4), self.rng.randint(1, 3)))
+
+    async def _turn(self, actor: Actor, reads: int, count: int) -> None:
+        journal, books, turn = ModelJournal(actor), ModelBooks(actor), Turn()
+        try:
+            while reads and await fold(journal, books, count=count, block_ms=None, turn=turn):
+                reads -= 1
+        finally:
+            if self.world.lock is actor:
+                self.world.lock = None
+
+    def subscribe(self) -> None:
+        if not any(actor.name == "subscriber" for actor in self.world.actors):
+            actor = self.world.actor("subscriber")
+            actor.start(self.world.subscriber.read(actor, self.rng.randint(1, 3)))
+
+    def change(self) -> None:
+        """Somebody comes, goes or is renamed; something is used."""
+        truth = self.world.truth
+        user = f"usr_{self.rng.randint(1, 9)}"
+        if user in truth.members and self.rng.random() < 0.3:
+            del truth.members[user]
+        elif self.rng.random() < 0.6:
+            truth.members[user] = {"first_name": f"name {self.rng.randint(1, 3)}", "is_owner": False}
+        day = self.rng.choice(list(truth.usage))
+        if self.rng.random() < 0.6:
+            truth.usage[day] = {**truth.usage[day], self.rng.choice(["tts", "stt"]): self.rng.randint(1, 3)}
+        truth.backwards = self.rng.random() < 0.3
+        self.note("the provider changes")
+
+    def drop(self) -> None:
+        """Many go at once."""
+        self.note("a large drop")
+        self.world.truth.members = {u: m for u, m in self.world.truth.members.items() if m["is_owner"]}
+        self.world.truth.usage[TODAY] = {}
+
+    def poison(self) -> None:
+        self.note("poison")
+        self.world.truth.members["usr_9"] = {"first_name": POISON, "is_owner": False}
+
+    def kill(self) -> None:
+        mortal = [actor for actor in self.world.actors if actor.name != "subscriber"]
+        if mortal:
+            actor = self.rng.choice(mortal)
+            self.note(f"{actor.name} is killed")
+            actor.kill()
+
+    def break_lease(self) -> None:
+        """Let leases end, whoever is under way."""
+        dataset = self.rng.choice(DATASETS)
+        self.note(f"leases of {dataset} end")
+        self._end_leases(dataset)
+
+    def _end_leases(self, dataset: Dataset) -> None:
+        self.world.postgres.chains[dataset].leased = False
+        for part in self.world.postgres.parts.values():
+            if part.dataset is dataset:
+                part.leased = False
+
+    def flush(self) -> None:
+        self.note("Redis is flushed")
+        self.world.redis = model.Redis()
+
+    def copy_redis(self) -> None:
+        self.copy = self.world.redis.copy()
+
+    def roll_back(self) -> None:
+        self.note("Redis is rolled back")
+        self.world.redis, self.blind = self.copy.copy(), True
+
+    def trim(self) -> None:
+        """Cut the stream behind the writer, whoever else has not read yet."""
+        writer = self.world.redis.group("writer")
+        reached = min(writer.pending, default=writer.last + 1)
+        self.note(f"trimmed below {reached}")
+        for number in [number for number in self.world.redis.stream if number < reached]:
+            del self.world.redis.stream[number]
+        self.blind = True
+
+    def unlock(self) -> None:
+        """The connection that holds the lock breaks; its writer does not know yet."""
+        self.note("the lock is lost")
+        self.world.lock = None
+
+    def back_up(self) -> None:
+        self.backup = self.world.postgres.copy()
+
+    def restore(self) -> None:
+        self.note("Postgres is restored")
+        self.world.postgres, self.world.lock = self.backup.copy(), None
+        self.world.now += timedelta(seconds=60)
+        self.blind = True
+
+    def clock(self) -> None:
+        self.world.now += timedelta(seconds=self.rng.randint(-3 if "restore" not in self.habits else 0, 3))
+
+    def _id(self) -> UUID:
+        return UUID(int=self.rng.getrandbits(64))
+
+    # how it ends
+
+    def settle(self) -> None:
+        world = self.world
+        world.faults, self.messages = set(), []
+        self.note("faults end")
+        world.truth.members.pop("usr_9", None)
+        self._drain()
+        for _ in range(4 if "drop" in self.habits else 1):
+            self.run()
+            self._drain()
+        self._compare(RECENT, subscriber=not self.blind)
+        self.reconcile()
+        self._drain()
+        self._compare(WHOLE, subscriber=True)
+        before, old = world.entries, set(world.postgres.parts)
+        self.run()
+        self._drain()
+        insist(world.entries == before, "an unchanged poll said something")
+        new = [part.status for part in world.postgres.parts.values() if part.id not in old]
+        insist(new == [PartStatus.SUCCEEDED] * 2, "an unchanged poll failed")
+
+    def _drain(self) -> None:
+        """Let everybody finish, again and again, until no part is open and everything is read."""
+        for _ in range(12):
+            for _ in range(60):
+                if not any(actor.parked for actor in self.world.actors):
+                    self.send()
+                    self.write()
+                    self.subscribe()
+                    if [actor.name for actor in self.world.actors] == ["writer", "subscriber"]:
+                        break
+                self.advance()
+            for dataset in DATASETS:
+                self._end_leases(dataset)
+            if not any(part.status in OPEN for part in self.world.postgres.parts.values()):
+                return
+        raise Violation("parts stay open")
+
+    def _compare(self, window: Window, *, subscriber: bool) -> None:
+        for dataset in DATASETS:
+            asked = drive(
+                ask(dataset, window if dataset.dimension else None, now=NOON, cost_since=None),
+                lambda request: Answer(200, {}, self.world.truth.answer(request)),
+            )
+            truth, _ = Told(0, window if dataset.dimension else None, asked).listing(dataset)
+            insist(self._within(self.world.postgres.rows[dataset], truth) == truth, f"Postgres has {dataset} wrong")
+            if subscriber:
+                held = self._within(self.world.subscriber.rows[dataset], truth)
+                insist(held == truth, f"the subscriber has {dataset} wrong")
+
+    def _within(self, rows: Listing, truth: Listing) -> Listing:
+        return {s: r for s, r in rows.items() if s in truth or not s.startswith("usage/")}
