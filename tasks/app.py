@@ -65,14 +65,14 @@ app.conf.update(
 
 @celery.signals.setup_logging.connect
 def _keep_our_logging(**_: object) -> None:
-    """Keep Celery from taking the root logger (`worker.logs` has it), and from telling each message twice."""
-    if not logging.getLogger().isEnabledFor(logging.DEBUG):
-        for chatty in ("celery.worker.strategy", "celery.app.trace", "celery.beat"):
-            logging.getLogger(chatty).setLevel(logging.WARNING)
+    """Keep Celery from taking the root logger: `worker.logs` has it."""
 
 
 def configure(settings: Settings) -> Celery:
     """Point the app at its broker and write its one schedule entry."""
+    if not logging.getLogger().isEnabledFor(logging.DEBUG):
+        for chatty in ("celery.worker.strategy", "celery.app.trace", "celery.beat"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)
     broker = settings.require_broker().get_secret_value()
     app.conf.update(
         broker_url=broker,

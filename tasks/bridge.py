@@ -42,6 +42,7 @@ class Bridge:
         self._ready: Future[Runtime] = Future()
         self._stop = asyncio.Event()
         self._main: Future[None] | None = None
+        self._working: set[asyncio.Task[Any] | None] = set()
         self.name = f"{socket.gethostname()}-{os.getpid()}"
         self.progress = time.monotonic()
 
@@ -89,8 +90,13 @@ class Bridge:
         """
 
         async def bounded() -> T:
-            async with asyncio.timeout(deadline_s):
-                return await work(self._ready.result(0))
+            task = asyncio.current_task()
+            self._working.add(task)
+            try:
+                async with asyncio.timeout(deadline_s):
+                    return await work(self._ready.result(0))
+            finally:
+                self._working.discard(task)
 
         try:
             result = asyncio.run_coroutine_threadsafe(bounded(), self._loop).result(deadline_s + 5)
@@ -100,6 +106,10 @@ class Bridge:
             raise TryLater("shutting_down", "The process is shutting down.") from None
         self.progress = time.monotonic()
         return result
+
+    def interrupt(self) -> None:
+        """Cancel the work in hand: what was claimed is given back, and the tasks end."""
+        self._loop.call_soon_threadsafe(lambda: [task.cancel() for task in self._working if task])
 
     def close(self) -> None:
         """Cancel what runs, close the runtime, stop the loop; bounded."""

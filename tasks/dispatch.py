@@ -9,6 +9,7 @@ import structlog
 from tasks import bridge
 from tasks.app import FETCH, app, send_sync, send_tidy, waiting_messages
 from tasks.sending import deliver
+from tasks.upkeep import trim_stream
 from worker.stream import backlog, tick
 from worker.wiring import Runtime
 
@@ -28,8 +29,13 @@ async def _tick(runtime: Runtime) -> None:
     dispatch, recovery = runtime.dispatch, runtime.recovery
     if await recovery.redis_went_back(await tick(runtime.redis)) and (lost := await recovery.void_messages()):
         log.warning("redis_lost_data", parts_due_again=lost)
-    unapplied = {n: (await backlog(runtime.redis, n)).oldest for n in range(await recovery.partitions())}
-    await recovery.renew({n: at for n, at in unapplied.items() if at is not None})
+    logs = {n: await backlog(runtime.redis, n) for n in range(await recovery.partitions())}
+    await recovery.renew({n: found.oldest for n, found in logs.items() if found.oldest is not None})
+    for partition, found in logs.items():
+        if found.entries > runtime.settings.stream_ceiling_entries // 2:
+            await trim_stream(runtime, partition)
+    if exhausted := await recovery.give_up(runtime.settings.part_attempts):
+        log.error("parts_given_up", parts=exhausted)
     for run_id in await recovery.unplanned():
         await asyncio.to_thread(send_sync, run_id)
     waiting = await asyncio.to_thread(waiting_messages)

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import os
 import socket
+import threading
+
+from celery.signals import worker_shutting_down
 
 from tasks import bridge, consumer
 from tasks.app import QUEUES, configure
@@ -13,13 +16,26 @@ from worker.settings import Settings
 
 
 def main(settings: Settings) -> int:
-    """Run until SIGTERM: it finishes what is in hand; a second one is immediate, and the ledger loses nothing."""
+    """Run until SIGTERM: what is in hand is finished, or given back when the grace period is over.
+
+    A second SIGTERM is immediate, and still loses nothing: the ledger finds it again.
+    """
     app = configure(settings)
-    app.conf.worker_soft_shutdown_timeout = settings.shutdown_grace_s
     server = metrics.serve(settings.metrics_port, settings.metrics_host) if settings.metrics_port else None
     here = Bridge(settings, role="worker", slots=settings.worker_slots)
     here.open()
     bridge.install(here)
+    stopping = threading.Event()
+
+    def stop(**_: object) -> None:
+        if stopping.is_set():
+            os._exit(1)
+        stopping.set()
+        grace = threading.Timer(settings.shutdown_grace_s, here.interrupt)
+        grace.daemon = True
+        grace.start()
+
+    worker_shutting_down.connect(stop, weak=False)
     consumer.pulse = consumer.Pulse(here.name)
     app.conf.task_queues = [*app.conf.task_queues, consumer.pulse.queue]
     try:

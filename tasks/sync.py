@@ -31,7 +31,7 @@ def request_sync(**message: object) -> None:
 
     async def work(runtime: Runtime) -> None:
         run = await request(
-            runtime.connectors,
+            runtime.registry,
             tenant_id=asked.tenant_id,
             connector_id=asked.connector_id,
             kind=asked.kind,

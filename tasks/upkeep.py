@@ -21,15 +21,22 @@ def tidy(**_message: object) -> None:
     async def work(runtime: Runtime) -> None:
         settings = runtime.settings
         for partition in range(await runtime.recovery.partitions()):
-            await trim(
-                runtime.redis,
-                partition,
-                retention_s=settings.event_retention_s,
-                ceiling_entries=settings.stream_ceiling_entries,
-            )
+            await trim_stream(runtime, partition)
         gone = await age_out(
             runtime.db, run_days=settings.run_retention_days, people_days=settings.people_retention_days
         )
         log.info("tidied", **gone)
 
     bridge.run("upkeep_tidy", work, deadline_s=DEADLINE_S)
+
+
+async def trim_stream(runtime: Runtime, partition: int) -> None:
+    """Trim one stream, and tell the groups that lost entries by it."""
+    behind = await trim(
+        runtime.redis,
+        partition,
+        retention_s=runtime.settings.event_retention_s,
+        ceiling_entries=runtime.settings.stream_ceiling_entries,
+    )
+    if behind:
+        log.warning("stream_reset", partition=partition, groups=behind)

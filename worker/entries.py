@@ -130,7 +130,7 @@ class Reading:
     """What a run of entries holds.
 
     `whole` observations; `broken` ones; `passed`: ids of entries that need nothing (announcements, and pieces
-    whose rest the stream lost: their parts will be fetched again); `tail`: pieces still waiting for their end.
+    whose rest is lost: their parts will be fetched again); `tail`: pieces still waiting for their end.
     """
 
     whole: list[Observation] = field(default_factory=list)
@@ -140,7 +140,11 @@ class Reading:
 
 
 def assemble(entries: Iterable[Entry]) -> Reading:
-    """Put entries together. The entries of an observation are adjacent; the last one names the part."""
+    """Put entries together. The entries of an observation are adjacent; the last one names the part.
+
+    A reader that has lost its lock, or a stream rolled back between two reads, may take or repeat pieces: an
+    observation counts as whole only when it has as many different events as its report says.
+    """
     reading = Reading()
     for entry in entries:
         if b"dataset" not in entry.fields:
@@ -152,9 +156,14 @@ def assemble(entries: Iterable[Entry]) -> Reading:
         reading.tail.append(entry)
         if b"part" in entry.fields:
             try:
-                reading.whole.append(_observation(reading.tail))
+                observation = _observation(reading.tail)
             except (ValueError, KeyError, TypeError) as error:
                 reading.broken.append(Broken(tuple(reading.tail), type(error).__name__))
+            else:
+                if len(observation.events) == observation.report.changes:
+                    reading.whole.append(observation)
+                else:
+                    reading.passed += [piece.id for piece in reading.tail]
             reading.tail = []
     return reading
 
@@ -165,6 +174,7 @@ def _key(entry: Entry) -> tuple[bytes, ...]:
 
 def _observation(pieces: Sequence[Entry]) -> Observation:
     fields = pieces[-1].fields
+    events = {event["id"]: event for piece in pieces for event in _events(piece)}
     return Observation(
         connector_id=UUID(fields[b"connector"].decode()),
         dataset=Dataset(fields[b"dataset"].decode()),
@@ -172,7 +182,7 @@ def _observation(pieces: Sequence[Entry]) -> Observation:
         sequence=int(fields[b"sequence"]),
         part_id=UUID(fields[b"part"].decode()),
         report=Report.model_validate_json(fields[b"report"]),
-        events=[event for piece in pieces for event in _events(piece)],
+        events=list(events.values()),
         entries=tuple(pieces),
     )
 

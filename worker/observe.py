@@ -111,8 +111,15 @@ async def observe(part_ids: Sequence[UUID], ports: Ports) -> list[Result]:
     lanes: dict[int, list[Claim]] = {}
     for claim in claims:
         lanes.setdefault(claim.lane, []).append(claim)
-    async with asyncio.TaskGroup() as group:
-        running = [group.create_task(_lane(lane, heads, ports)) for lane in lanes.values()]
+    done: set[UUID] = set()
+    try:
+        async with asyncio.TaskGroup() as group:
+            running = [group.create_task(_lane(lane, heads, ports, done)) for lane in lanes.values()]
+    except asyncio.CancelledError:
+        for claim in claims:
+            if claim.part_id not in done:
+                await ports.ledger.give_back(claim, "interrupted", 0.0)
+        raise
     results = [result for task in running for result in task.result()]
     if quiet := [r for r in results if isinstance(r, Quiet)]:
         await ports.ledger.close_quiet(quiet)
@@ -121,7 +128,7 @@ async def observe(part_ids: Sequence[UUID], ports: Ports) -> list[Result]:
     return results
 
 
-async def _lane(claims: Sequence[Claim], heads: Mapping[Dataset, Head], ports: Ports) -> list[Result]:
+async def _lane(claims: Sequence[Claim], heads: Mapping[Dataset, Head], ports: Ports, done: set[UUID]) -> list[Result]:
     results: list[Result] = []
     dead: Verdict | None = None
     for claim in claims:
@@ -141,6 +148,8 @@ async def _lane(claims: Sequence[Claim], heads: Mapping[Dataset, Head], ports: P
                 await ports.ledger.failed(result)
             elif isinstance(result, Returned):
                 await ports.ledger.give_back(claim, result.reason, result.wait_s)
+        if not isinstance(result, Quiet):
+            done.add(claim.part_id)
         metrics.OBSERVATIONS.labels(claim.dataset, _RESULTS[type(result)]).inc()
         results.append(result)
     return results

@@ -6,10 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
+from uuid import uuid4
 
+import orjson
 from redis.asyncio import Redis
 from redis.exceptions import ResponseError
 
+from schemas.events import event_type, timestamp
 from worker import metrics
 from worker.entries import Entry
 from worker.redis import answering
@@ -160,30 +163,54 @@ async def tick(redis: Redis) -> int:
         return int(await redis.incr(TICKS))
 
 
-async def trim(redis: Redis, partition: int, *, retention_s: float, ceiling_entries: int) -> int:
-    """Trim a stream behind its slowest group within the retention; return the entries gone.
+async def trim(redis: Redis, partition: int, *, retention_s: float, ceiling_entries: int) -> list[str]:
+    """Trim a stream; return the groups that lose entries by it, after telling them with `stream.reset`.
 
-    Past half the ceiling the stream is cut behind the writer, whoever else has not read yet. What the writer
-    has not applied is never cut.
+    What is older than the retention goes. Past half the ceiling all goes that every group has read, and if the
+    stream is still past it, all that the writer has applied. What the writer has not applied is never cut.
     """
     key = stream_key(partition)
     with answering():
         length = await redis.xlen(key)
-        if not length:
-            return 0
-        groups = await redis.xinfo_groups(key)
-        if not any(_text(g["name"]) == GROUP for g in groups):
-            return 0
+        groups = await redis.xinfo_groups(key) if length else []
         reached = {_text(g["name"]): await _reached(redis, key, g) for g in groups}
+        if GROUP not in reached:
+            return []
         seconds, _ = await redis.time()
-        horizon = (int((seconds - retention_s) * 1000), 0)
-        slowest = min(reached.values())
-        until = min(max(slowest, horizon), reached[GROUP])
+        oldest = await redis.xrange(key, count=1)
+        first = _id(oldest[0][0]) if oldest else (0, 0)
+        cuts = [(int((seconds - retention_s) * 1000), 0)]
         if length > ceiling_entries // 2:
-            until = reached[GROUP]
-        gone = await redis.xtrim(key, minid=f"{until[0]}-{until[1]}", approximate=False)
-    metrics.STREAM_ENTRIES.labels(str(partition)).set(length - gone)
-    return int(gone)
+            cuts += [max(cuts[0], min(reached.values())), reached[GROUP]]
+        behind: list[str] = []
+        for cut in cuts:
+            until = min(cut, reached[GROUP])
+            behind = [name for name, at in reached.items() if first <= at < until]
+            length -= await redis.xtrim(key, minid=f"{until[0]}-{until[1]}", approximate=False)
+            if length <= ceiling_entries // 2:
+                break
+        if behind:
+            await redis.xadd(key, {"ce": _reset_event(partition, behind, int(seconds))})
+    metrics.STREAM_ENTRIES.labels(str(partition)).set(length)
+    return behind
+
+
+def _reset_event(partition: int, groups: Sequence[str], seconds: int) -> bytes:
+    """Write the announcement that groups were left behind: they must replay."""
+    return orjson.dumps(
+        [
+            {
+                "specversion": "1.0",
+                "id": str(uuid4()),
+                "source": f"/streams/{partition}",
+                "type": event_type("stream.reset"),
+                "subject": f"stream/{partition}",
+                "time": timestamp(datetime.fromtimestamp(seconds, UTC)),
+                "datacontenttype": "application/json",
+                "data": {"partition": partition, "groups": list(groups)},
+            }
+        ]
+    )
 
 
 async def _reached(redis: Redis, key: str, group: dict[str, Any]) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from worker.ports import Target
 from worker.redis import client as redis_client
 from worker.settings import Settings
 from worker.snapshots import RedisSnapshots
+from worker.store.connectors import PgConnectors
 from worker.store.db import Database
 from worker.store.facts import PgFacts
 from worker.store.ledger import PgLedger
@@ -55,6 +56,7 @@ class Runtime:
     snapshots: RedisSnapshots
     dispatch: Dispatch
     recovery: Recovery
+    registry: PgConnectors
     ports: Ports
 
 
@@ -102,6 +104,7 @@ async def runtime(settings: Settings, application: str) -> AsyncIterator[Runtime
                 Schedule(days, settings.reconcile_interval_s, settings.reprobe_interval_s, settings.part_attempts),
             ),
             recovery=Recovery(db),
+            registry=PgConnectors(db),
             ports=Ports(
                 ledger=PgLedger(
                     db,

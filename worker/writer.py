@@ -36,6 +36,9 @@ async def fold(journal: Journal, books: Books, *, count: int, block_ms: int | No
     """
     entries = await journal.read(count, block_ms=block_ms)
     if not entries:
+        # Publishing is one step: what is not there now never comes, and the part will be fetched again.
+        await journal.acknowledge([piece.id for piece in turn.tail])
+        turn.tail = ()
         return False
     reading = assemble([*turn.tail, *entries])
     for broken in reading.broken:

@@ -162,7 +162,7 @@ async def _return(connection: Connection, returned: Sequence[Observation]) -> No
             FROM n WHERE a.connector_id = n.c AND a.dataset = n.d AND a.claimed = n.v
         )
         UPDATE rollcall.sync_parts p SET status = 'waiting', lane = NULL, lease_until = NULL, not_before = now() + %b,
-               error_class = 'TryLater', error_reason = 'chain_moved'
+               error_class = 'TryLater', error_reason = 'chain_moved', attempts = attempts - 1
         FROM n WHERE p.id = n.part AND p.claimed = n.v AND p.status = 'running'
         """,
         [

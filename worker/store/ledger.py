@@ -241,12 +241,12 @@ async def _release(connection: Connection, claim: Claim) -> None:
 
 
 async def give_back(connection: Connection, claim: Claim, reason: str, wait_s: float) -> None:
-    """Return a claimed part inside the caller's transaction; the dataset is free again."""
+    """Return a claimed part inside the caller's transaction; the dataset is free, the attempt does not count."""
     await _release(connection, claim)
     await connection.execute(
         """
         UPDATE rollcall.sync_parts SET status = 'waiting', lane = NULL, lease_until = NULL, error_class = 'TryLater',
-               error_reason = %s, not_before = now() + %s
+               error_reason = %s, not_before = now() + %s, attempts = attempts - 1
         WHERE id = %s AND claimed = %s AND status = 'running'
         """,
         [reason, timedelta(seconds=wait_s), claim.part_id, claim.number],

@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 from typing import Any, LiteralString
 from uuid import UUID
 
+from worker.store.conclude import conclude, lock_connectors
 from worker.store.db import Connection, Database
 from worker.store.sending import SENT_LEASE
 
@@ -113,6 +114,33 @@ class Recovery:
                 [PLAN_AFTER],
             )
             return [row["id"] async for row in rows]
+
+        return await self._db.transaction(work)
+
+    async def give_up(self, attempts: int) -> int:
+        """Fail parts that were claimed so often without an end: whoever asks for them dies of it."""
+
+        async def work(connection: Connection) -> int:
+            rows = await connection.execute(
+                """
+                SELECT id, connector_id, run_id FROM rollcall.sync_parts
+                WHERE status IN ('queued', 'running', 'waiting') AND attempts >= %s AND not_before <= now()
+                  AND (lease_until IS NULL OR lease_until < now()) LIMIT 100
+                """,
+                [attempts],
+            )
+            found = await rows.fetchall()
+            if not found:
+                return 0
+            connectors = await lock_connectors(connection, {row["connector_id"] for row in found})
+            await connection.execute(
+                "UPDATE rollcall.sync_parts SET status = 'failed', lane = NULL, lease_until = NULL,"
+                " error_class = coalesce(error_class, 'ContractBroken'), error_reason = 'attempts_exhausted'"
+                " WHERE id = ANY(%b) AND status IN ('queued', 'running', 'waiting')",
+                [[row["id"] for row in found]],
+            )
+            await conclude(connection, connectors, [], runs={row["run_id"] for row in found})
+            return len(found)
 
         return await self._db.transaction(work)
 

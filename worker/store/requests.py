@@ -16,7 +16,9 @@ async def request(
 ) -> Row:
     """Write the run or its refusal inside the caller's transaction; see `worker.connectors.request_sync`."""
     if actor == SCHEDULER:
-        raise Refused("actor_invalid", f"The actor {SCHEDULER!r} is our own: its runs are not announced. Choose another")
+        raise Refused(
+            "actor_invalid", f"The actor {SCHEDULER!r} is our own: its runs are not announced. Choose another"
+        )
     # Another tenant's connector is not even locked: it answers like one that does not exist.
     rows = await connection.execute(
         "SELECT * FROM rollcall.connectors WHERE id = %s AND tenant_id = %s FOR NO KEY UPDATE",
