@@ -15,7 +15,7 @@ from uuid import UUID, uuid4
 
 from pydantic import SecretStr
 
-from schemas.connectors import Action, Dataset, RunKind, Status, StatusReason
+from schemas.connectors import REGIONS, Action, Dataset, RunKind, Status, StatusReason
 from worker.elevenlabs.asking import Window, ask, probe
 from worker.elevenlabs.protocol import Finding, Verdict, base_url_for, headers
 from worker.errors import ContractBroken, OwnerMustAct, Refused, TryLater
@@ -28,6 +28,7 @@ MOST_CHARS: Final = 200
 HINT_CHARS: Final = 4
 _HINTED_FROM: Final = 16
 """Of a shorter key the last four signs would give away too much."""
+_REGION_OF: Final = {url: region for region, url in REGIONS.items()}
 
 REGION_HINT: Final = (
     "A key of another residency region counts as invalid too: check the region (--region), and that the key was"
@@ -155,6 +156,7 @@ async def add(
     if check:
         # It has no partition yet, and a conversation needs none.
         workspace_id = await _probe(Target(connector_id, new.tenant_id, base_url, key.sealed, 0), ports)
+    new = replace(new, region=_REGION_OF.get(base_url, new.region))
     return await ports.registry.add(
         connector_id, new, key, base_url=base_url, workspace_id=workspace_id, poll_interval_s=poll_interval_s
     )

@@ -57,11 +57,12 @@ def plan(
     """List the parts of a run, in the order they are wanted (newest usage first).
 
     It depends on the run's own `as_of`, never on the clock, so planning again gives the same parts. A
-    disconnected connector is only probed. A dataset outside the customer's plan is asked again after a day.
+    disconnected connector is only probed. A dataset outside the customer's plan is asked again after a day; if
+    that is all of them, the workspace is asked, since a run without parts would never end.
     """
     if status is Status.DISCONNECTED:
         return [PlannedPart(Dataset.WORKSPACE)]
-    wanted = [d for d in (*DIRECTORY, *USAGE) if _worth_asking(access.get(d), as_of)]
+    wanted = [d for d in (*DIRECTORY, *USAGE) if _worth_asking(access.get(d), as_of)] or [Dataset.WORKSPACE]
     parts = [PlannedPart(d) for d in wanted if not d.dimension]
     for start, end in windows(kind, as_of=as_of, calendar=calendar):
         parts += [PlannedPart(d, start, end) for d in wanted if d.dimension]

@@ -163,6 +163,11 @@ def _maybe_switched(column: str, window: Window, now: datetime) -> Asking:
         spent = _first_day_spent(body, window)
     except ContractBroken as broken:
         return Asked(Verdict(Finding.SCHEMA, broken.reason, broken.message))
+    if spent == window.end:
+        # Nothing was billed in money: only the refusal speaks for a switch, and it may have been a passing one.
+        again = yield from _usage(Billing.CREDITS, column, window, now)
+        if not _may_be_switch(again.verdict):
+            return again
     credit = yield from _longest_credit_prefix(column, window, spent, now)
     if not credit.verdict.ok:
         return credit

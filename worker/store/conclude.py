@@ -108,8 +108,8 @@ async def _judge(
     health = health_of(row)
     for outcome in outcomes:
         if proves_alive(outcome.verdict):
-            status = derive(access, removals_held=row["id"] in held, final=final)
-            health = alive(health, status)
+            known = final or health.status is not Status.PENDING
+            health = alive(health, derive(access, removals_held=row["id"] in held, final=known))
         elif outcome.verdict.finding in DOUBTS:
             deaths = await _deaths(connection, row["id"])
             health = doubted(health, outcome.verdict, run_id=str(outcome.run_id), deaths=deaths, now=row["now"])
@@ -172,7 +172,7 @@ async def write_health(
     )  # fmt: skip
     if dead and old.status is not Status.DISCONNECTED:
         await drop_parts(connection, row, reason=str(health.reason))
-    if moved or access_changed:
+    if moved or (access_changed and health.status is Status.DEGRADED):
         metrics.TRANSITIONS.labels(health.status, health.reason or "none").inc()
         await announce(connection, [connector_announcement(row, health, old.status, access)])
 
@@ -280,7 +280,9 @@ async def _deaths(connection: Connection, connector_id: UUID) -> Deaths:
         """
         SELECT count(*) FILTER (WHERE suspect_since IS NOT NULL OR (status = 'disconnected'
                                 AND status_since > now() - %(window)s)) AS dead, count(*) AS polled
-        FROM rollcall.connectors WHERE last_polled_at > now() - %(window)s AND id <> %(id)s
+        FROM rollcall.connectors
+        WHERE id <> %(id)s AND (last_polled_at > now() - %(window)s OR suspect_since IS NOT NULL
+                                OR (status = 'disconnected' AND status_since > now() - %(window)s))
         """,
         {"window": CEILING_WINDOW, "id": connector_id},
     )

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from uuid import UUID
 
 import orjson
 
+from schemas.events import Op
+from worker.changes import row_subjects
 from worker.entries import Observation
 from worker.store.announcements import Announcement, announce
 from worker.store.db import Connection, Row
@@ -91,23 +93,28 @@ async def _carry(connection: Connection, hold: Row, observation: Observation) ->
 
 
 async def _close(connection: Connection, connector: Row, hold: Row, observation: Observation) -> Announcement:
-    gone = {e["subject"] for e in observation.events if _removes(e)} & set(hold["records"])
+    gone = _removed(observation, set(hold["records"]))
     await connection.execute("UPDATE rollcall.deletion_holds SET state = 'closed' WHERE id = %s", [hold["id"]])
-    what = "released" if gone or observation.dataset.dimension else "rejected"
     return removals(
         connector,
         hold["id"],
         observation.dataset,
-        what,
+        "released" if gone else "rejected",
         observation.report.known,
         len(hold["records"]),
         reason="removed" if gone else "seen_again",
     )
 
 
-def _removes(event: Mapping[str, object]) -> bool:
-    data = event.get("data")
-    return isinstance(data, dict) and data.get("op") == "d"
+def _removed(observation: Observation, held: Collection[str]) -> set[str]:
+    """Find the held subjects that an observation removes: by name, of a usage day the rows it no longer has."""
+    gone = {event["subject"] for event in observation.events if event["data"].get("op") == Op.DELETED}
+    days = {event["subject"]: event["data"] for event in observation.events if event["subject"].startswith("usage/")}
+    for subject in held:
+        day = days.get(subject.partition("#")[0])
+        if day is not None and subject not in row_subjects(day):
+            gone.add(subject)
+    return gone.intersection(held)
 
 
 def removals(

@@ -31,6 +31,7 @@ def _arguments(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--port", type=int, default=0, help="port to listen on; 0 takes a free one")
     parser.add_argument("--port-file", type=Path, help="file to write the port to once listening")
     parser.add_argument("--seed", type=int, default=0, help="what all data is derived from")
+    parser.add_argument("--quiet", action="store_true", help="do not print the address")
     parser.add_argument("--latency-ms", type=float, default=0, help="delay of every provider answer")
     return parser.parse_args(argv)
 
@@ -56,8 +57,9 @@ async def serve(arguments: argparse.Namespace) -> None:
         port = runner.addresses[0][1]
         if arguments.port_file is not None:
             _write_whole(arguments.port_file, str(port))
-        sys.stdout.write(json.dumps({"url": f"http://{arguments.host}:{port}"}) + "\n")
-        sys.stdout.flush()
+        if not arguments.quiet:
+            sys.stdout.write(json.dumps({"url": f"http://{arguments.host}:{port}"}) + "\n")
+            sys.stdout.flush()
         await stop.wait()
     finally:
         await runner.cleanup()

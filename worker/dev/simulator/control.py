@@ -1,7 +1,7 @@
 """The control door under /_control: how tests and benchmarks shape the world. Loopback only, no key."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from ipaddress import ip_address
 from typing import Any, Final
 
@@ -26,6 +26,7 @@ from worker.dev.simulator.payload import (
     read,
     text,
 )
+from worker.dev.simulator.quirks import Quirks
 from worker.dev.simulator.random_changes import apply_random
 from worker.dev.simulator.truth import truth
 from worker.dev.simulator.world import AccessKey, Workspace, World
@@ -51,24 +52,7 @@ QUIRK_FIELDS: Final = {
     "gzip": Field(optional(flag)),
     "cost_refusal_status": Field(one_of(400, 403, 409, 422)),
     "scope_form": Field(one_of(401, 403)),
-    **{
-        name: Field(flag)
-        for name in (
-            "string_numbers",
-            "label_columns",
-            "zero_fill",
-            "null_groups",
-            "early_bucket",
-            "product_dashes",
-            "extra_fields",
-            "extra_measures",
-            "unknown_enums",
-            "omit_user_workspace_id",
-            "old_key_shape",
-            "shuffle_columns",
-            "paginated",
-        )
-    },
+    **{one.name: Field(flag) for one in fields(Quirks) if one.type is bool},
 }
 
 Body = Any
@@ -111,8 +95,8 @@ class Control:
         """Create or replace many: a list of `{name, ...}`."""
         made = []
         for item in list_of(lambda item: item)(asked):
-            fields = dict(item) if isinstance(item, dict) else {}
-            made.append(self._put(text(fields.pop("name", None)), fields))
+            spec = dict(item) if isinstance(item, dict) else {}
+            made.append(self._put(text(spec.pop("name", None)), spec))
         return made
 
     def list_workspaces(self, _: web.Request, __: Body) -> Any:

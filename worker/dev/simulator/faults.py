@@ -37,7 +37,7 @@ def _with_retry_after(made: Problem, params: Params) -> Problem:
 
 
 def _plan(params: Params) -> Problem:
-    if params["form"] == "402":
+    if params["form"] == 402:  # noqa: PLR2004 - an HTTP status says itself what it is
         message = "This feature requires a paid plan."
         return problem(402, "payment_required", "paid_plan_required", message, "payment_required")
     message = "Your subscription does not include this."
@@ -70,7 +70,7 @@ ANSWERS: Final[Mapping[str, tuple[Mapping[str, Field], MakeAnswer]]] = {
         {"permission": Field(text, REQUIRED), "form": Field(one_of(401, 403), 401)},
         lambda p: missing_scope(p["permission"], p["form"]),
     ),
-    "plan": ({"form": Field(one_of("402", "403"), "402")}, _plan),
+    "plan": ({"form": Field(one_of(402, 403), 402)}, _plan),
     "feature": ({}, lambda _: feature_not_available("This feature is not available on your plan.")),
     "legacy_plan": (
         {},

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from worker.dev.simulator.generate import Atom, Record, account, digest, group, key, user_id
+from worker.dev.simulator.generate import Atom, Record, account, group, key, user_id
 from worker.dev.simulator.payload import (
     REQUIRED,
     BadPayload,
@@ -272,8 +272,3 @@ def apply(state: State, asked: Any, today: int) -> Record:
     args = {field: value for field, value in asked.items() if field != "op"}
     done = operation.apply(state, read(args, operation.fields, str(name)), today)
     return {**asked, **done}
-
-
-def opaque(state: State, *parts: str | int) -> str:
-    """Give an opaque hash that belongs to this workspace and to nothing it lists."""
-    return digest(state.usage.tag, *parts, size=32)

@@ -4,8 +4,8 @@ from collections.abc import Callable, Mapping
 from random import Random
 from typing import Any, Final
 
-from worker.dev.simulator.generate import PRODUCTS, SEATS, Record
-from worker.dev.simulator.mutations import apply, opaque
+from worker.dev.simulator.generate import PRODUCTS, SEATS, Record, digest
+from worker.dev.simulator.mutations import apply
 from worker.dev.simulator.payload import REQUIRED, BadPayload, Field, day_text, integer, list_of, one_of, read
 from worker.dev.simulator.world import State
 
@@ -111,7 +111,7 @@ def _use(state: State, rng: Random, day: int) -> Record:
     users = [None, *list(lists.members)[:50], *lists.accounts]
     hashes = [
         None,
-        opaque(state, "unlisted"),
+        digest(state.usage.tag, "unlisted", size=32),
         *(record["hashed_xi_api_key"] for record in lists.keys.values()),
     ]
     return {
