@@ -29,8 +29,8 @@ define install
 	clear=; if [ -e "$(VENV)/.rollcall-base" ] && ! is_done base; then clear=--clear; fi; \
 	echo "Installing into $(VENV) with $$("$$python" --version); this takes a minute, once."; \
 	"$$python" -m venv $$clear "$(VENV)"; \
-	"$(VENV)/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.1'; \
-	"$(VENV)/bin/python" -m pip install --quiet --disable-pip-version-check --editable '.[embedded]' $(1); \
+	"$(VENV)/bin/python" -m pip install -qq --disable-pip-version-check --upgrade 'pip>=25.1'; \
+	"$(VENV)/bin/python" -m pip install -qq --disable-pip-version-check --editable '.[embedded]' $(1); \
 	for stamp in base $(2); do printf '%s\n' "$$want" > "$(VENV)/.rollcall-$$stamp"; done
 endef
 
@@ -55,8 +55,8 @@ lint: dev ## Check style, types and who imports whom
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: dev ## Measure; CASE= picks one case
-	@$(BIN)/python -m tests.bench $(if $(CASE),"$(CASE)")
+bench: dev ## Measure beside floors of this machine; CASE= picks cases
+	@$(BIN)/python -m tests.bench $(CASE)
 
 chaos: dev ## Break it on purpose; SEED= repeats a run, DURATION= is in seconds
 	@$(BIN)/python -m tests.system.chaos $(if $(SEED),--seed "$(SEED)") $(if $(DURATION),--duration "$(DURATION)")

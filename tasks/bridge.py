@@ -7,8 +7,6 @@ plain functions; what they do runs on one loop thread that owns the HTTP session
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
 import threading
 import time
 from collections.abc import Awaitable, Callable, Coroutine
@@ -22,8 +20,8 @@ import uvloop
 from worker import metrics
 from worker.errors import RollcallError, TryLater
 from worker.settings import Settings
-from worker.store.workers import beat_heart
-from worker.wiring import Runtime, runtime
+from worker.store.workers import beat_heart, leave
+from worker.wiring import Runtime, process_name, runtime
 
 log = structlog.get_logger()
 T = TypeVar("T")
@@ -43,7 +41,7 @@ class Bridge:
         self._stop = asyncio.Event()
         self._main: Future[None] | None = None
         self._working: set[asyncio.Task[Any] | None] = set()
-        self.name = f"{socket.gethostname()}-{os.getpid()}"
+        self.name = process_name()
         self.progress = time.monotonic()
 
     def open(self) -> None:
@@ -62,6 +60,8 @@ class Bridge:
             async with runtime(self._settings, self._role) as opened:
                 self._ready.set_result(opened)
                 await self._heart(opened)
+                with suppress(TryLater):
+                    await leave(opened.db, self.name)
         except BaseException as error:
             if not self._ready.done():
                 self._ready.set_exception(error)

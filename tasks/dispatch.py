@@ -39,6 +39,9 @@ async def _tick(runtime: Runtime) -> None:
     for run_id in await recovery.unplanned():
         await asyncio.to_thread(send_sync, run_id)
     waiting = await asyncio.to_thread(waiting_messages)
+    lost = await recovery.bury() + (0 if any(waiting.values()) else await recovery.void_unclaimed())
+    if lost:
+        log.warning("parts_lost", parts_due_again=lost)
     room = await recovery.slots() * MESSAGES_PER_SLOT - waiting[FETCH]
     if room > 0:
         stalled = await recovery.stalled(room)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import threading
+import warnings
 
+from celery.exceptions import SecurityWarning
 from celery.signals import worker_shutting_down
 
 from tasks import bridge, consumer
@@ -21,6 +23,8 @@ def main(settings: Settings) -> int:
     A second SIGTERM is immediate, and still loses nothing: the ledger finds it again.
     """
     app = configure(settings)
+    # Celery warns of root because of pickle; we take JSON only, and whoever runs us as root knows.
+    warnings.simplefilter("ignore", SecurityWarning)
     server = metrics.serve(settings.metrics_port, settings.metrics_host) if settings.metrics_port else None
     here = Bridge(settings, role="worker", slots=settings.worker_slots)
     here.open()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -20,8 +19,8 @@ from worker import metrics
 from worker.errors import TryLater
 from worker.folding import MAX_PAUSE_S, Writer
 from worker.settings import Settings
-from worker.store.workers import beat_heart
-from worker.wiring import Runtime, runtime
+from worker.store.workers import beat_heart, leave
+from worker.wiring import Runtime, process_name, runtime
 
 log = structlog.get_logger()
 HEARTBEAT_S = 5.0
@@ -52,6 +51,8 @@ async def _run(settings: Settings) -> None:
             heart.cancel()
             with suppress(asyncio.CancelledError):
                 await heart
+            with suppress(TryLater):
+                await leave(opened.db, process_name())
 
 
 def _stop(writer: Writer) -> None:
@@ -80,7 +81,7 @@ async def _advance(opened: Runtime, connector_ids: Sequence[UUID]) -> None:
 
 
 async def _heart(opened: Runtime, writer: Writer) -> None:
-    name = f"{socket.gethostname()}-{os.getpid()}"
+    name = process_name()
     while True:
         with suppress(TryLater):
             await beat_heart(opened.db, name, "writer", 0, quiet_s=time.monotonic() - writer.progress)

@@ -33,7 +33,7 @@ from worker.compare import (
 from worker.elevenlabs.asking import Asked, ask, probe
 from worker.elevenlabs.protocol import Finding, Verdict
 from worker.entries import Report, batches
-from worker.errors import ContractBroken
+from worker.errors import ContractBroken, TryLater
 from worker.logs import bound
 from worker.normalize import directory
 from worker.plan import Calendar, settled_before
@@ -103,29 +103,44 @@ async def observe(part_ids: Sequence[UUID], ports: Ports) -> list[Result]:
 
     Parts that share a lane are asked one after the other, so a connector never has more requests in flight
     than it has lanes.
+
+    Raises:
+        TryLater: Postgres or Redis is not there; what was not settled is given back, or found by its lease.
+
     """
     claims = await ports.ledger.claim(part_ids)
     if not claims:
         return []
-    heads = await ports.snapshots.heads(claims[0].target, [c.dataset for c in claims])
-    lanes: dict[int, list[Claim]] = {}
-    for claim in claims:
-        lanes.setdefault(claim.lane, []).append(claim)
     done: set[UUID] = set()
     try:
-        async with asyncio.TaskGroup() as group:
-            running = [group.create_task(_lane(lane, heads, ports, done)) for lane in lanes.values()]
-    except asyncio.CancelledError:
+        results = await _lanes(claims, ports, done)
+    except (asyncio.CancelledError, TryLater) as interruption:
+        wait_s = FULL_WAIT_S if isinstance(interruption, TryLater) else 0.0
         for claim in claims:
             if claim.part_id not in done:
-                await ports.ledger.give_back(claim, "interrupted", 0.0)
+                await ports.ledger.give_back(claim, "interrupted", wait_s)
         raise
-    results = [result for task in running for result in task.result()]
     if quiet := [r for r in results if isinstance(r, Quiet)]:
         await ports.ledger.close_quiet(quiet)
     if published := [r.claim for r in results if isinstance(r, Published)]:
         await ports.ledger.published(published)
     return results
+
+
+async def _lanes(claims: Sequence[Claim], ports: Ports, done: set[UUID]) -> list[Result]:
+    heads = await ports.snapshots.heads(claims[0].target, [c.dataset for c in claims])
+    lanes: dict[int, list[Claim]] = {}
+    for claim in claims:
+        lanes.setdefault(claim.lane, []).append(claim)
+    try:
+        async with asyncio.TaskGroup() as group:
+            running = [group.create_task(_lane(lane, heads, ports, done)) for lane in lanes.values()]
+    except ExceptionGroup as failures:
+        away, ours = failures.split(TryLater)
+        if away is None or ours is not None:
+            raise
+        raise away.exceptions[0] from None
+    return [result for task in running for result in task.result()]
 
 
 async def _lane(claims: Sequence[Claim], heads: Mapping[Dataset, Head], ports: Ports, done: set[UUID]) -> list[Result]:

@@ -37,12 +37,13 @@ class RedisJournal:
 
     async def read(self, count: int, *, block_ms: int | None) -> list[Entry]:
         """Read pending entries, then new ones; see `worker.ports.Journal`."""
-        if self._pending_after is not None:
+        while self._pending_after is not None:
             entries = await self._read(self._pending_after, count, None)
-            if entries:
-                self._pending_after = entries[-1].id
-                return [entry for entry in entries if entry.fields]
-            self._pending_after = None
+            self._pending_after = entries[-1].id if entries else None
+            # Somebody deleted these while they were pending: they would be read first for ever.
+            await self.acknowledge([entry.id for entry in entries if not entry.fields])
+            if left := [entry for entry in entries if entry.fields]:
+                return left
         return await self._read(">", count, block_ms)
 
     async def _read(self, after: str, count: int, block_ms: int | None) -> list[Entry]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import AsyncIterator, Generator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -60,6 +62,11 @@ class Runtime:
     ports: Ports
 
 
+def process_name() -> str:
+    """Name this process among all: host and pid."""
+    return f"{socket.gethostname()}-{os.getpid()}"
+
+
 def calendar(settings: Settings) -> Calendar:
     """Read how far back usage is asked for."""
     return Calendar(settings.usage_lookback_days, settings.backfill_days, settings.window_days)
@@ -111,6 +118,7 @@ async def runtime(settings: Settings, application: str) -> AsyncIterator[Runtime
                     lease_s=settings.part_lease_s,
                     request_s=settings.fetch_timeout_s,
                     attempts=settings.part_attempts,
+                    worker=process_name(),
                 ),
                 facts=PgFacts(db),
                 snapshots=snapshots,

@@ -18,7 +18,7 @@ from typing import Any
 
 import uvloop
 
-from tests.bench.stage import WrongResult
+from tests.bench.stage import WrongResultError
 from tests.bench.watch import Watch
 
 LIMIT_S = 1800.0
@@ -32,7 +32,7 @@ def run_apart(target: str, asked: Mapping[str, Any], *, servers: Mapping[str, in
     """Run `target` in a new process; give its figures, and what it (`floor`) and the servers took.
 
     Raises:
-        WrongResult: it failed, or took longer than half an hour.
+        WrongResultError: it failed, or took longer than half an hour.
 
     """
     argv = [sys.executable, "-m", "tests.bench.apart", target]
@@ -61,7 +61,7 @@ def _hear(process: subprocess.Popen[str], target: str) -> str:
     assert process.stdout is not None
     line = process.stdout.readline()
     if not line:
-        raise WrongResult(f"{target} ended with status {process.wait()}")
+        raise WrongResultError(f"{target} ended with status {process.wait()}")
     return line
 
 

@@ -15,7 +15,7 @@ Side = Callable[[], Sample]
 """Measures once, checks what came of it, and returns the figures.
 
 Raises:
-    WrongResult: what came of it is not what the provider holds.
+    WrongResultError: what came of it is not what the provider holds.
 """
 
 

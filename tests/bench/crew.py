@@ -6,12 +6,12 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.bench.stage import Database, Place, Stage, WrongResult
+from tests.bench.stage import Database, Place, Stage, WrongResultError
 
 ROOT = Path(__file__).resolve().parents[2]
 COMMAND = (sys.executable, "-m", "worker.cli")
@@ -35,11 +35,11 @@ class Crew:
         return {role: process.pid for role, process in self.processes.items()}
 
     def check(self) -> None:
-        """Raise WrongResult if a process has ended."""
+        """Raise WrongResultError if a process has ended."""
         for role, process in self.processes.items():
             if process.poll() is not None:
                 tail = self.log(role).read_text(errors="replace")[-2000:]
-                raise WrongResult(f"the {role} ended with status {process.returncode}: {tail}")
+                raise WrongResultError(f"the {role} ended with status {process.returncode}: {tail}")
 
     def log(self, role: str) -> Path:
         """Name the file a process logs to."""
@@ -48,7 +48,7 @@ class Crew:
 
 @contextmanager
 def crew(
-    stage: Stage, place: Place, database: Database, *, roles: Sequence[str] = ALL, **settings: object
+    stage: Stage, place: Place, database: Database, *, settings: Mapping[str, object], roles: Sequence[str] = ALL
 ) -> Iterator[Crew]:
     """Run the processes until the block ends; they have beaten and, with a beat, ticked when it begins.
 
@@ -56,8 +56,8 @@ def crew(
         stage: gives vault keys and a folder for logs.
         place: the database and Valkey they use.
         database: a connection to it.
+        settings: `ROLLCALL_` settings by field name, beside the defaults.
         roles: which processes.
-        settings: `ROLLCALL_` settings by field name.
 
     """
     environment = {
@@ -92,7 +92,7 @@ def _await_ready(made: Crew, database: Database, roles: Sequence[str]) -> None:
             return
         made.check()
         if time.monotonic() > deadline:
-            raise WrongResult(f"the processes were not ready after {READY_S:.0f} s")
+            raise WrongResultError(f"the processes were not ready after {READY_S:.0f} s")
         time.sleep(LOOK_S)
 
 
@@ -107,7 +107,7 @@ def await_middle_of_tick(database: Database, interval_s: float) -> None:
     before, deadline = ticks(database), time.monotonic() + READY_S
     while ticks(database) == before:
         if time.monotonic() > deadline:
-            raise WrongResult("dispatch does not tick")
+            raise WrongResultError("dispatch does not tick")
         time.sleep(LOOK_S)
     time.sleep(interval_s / 2)
 

@@ -116,7 +116,7 @@ class Sink:
 
     async def _write(self, statement: str, rows: Sequence[tuple[Any, ...]]) -> None:
         async with self._lock:
-            await self._connection.execute(statement, list(map(list, zip(*rows, strict=True))))  # type: ignore[call-overload] # constants of this module
+            await self._connection.execute(statement, list(map(list, zip(*rows, strict=True))))
             self.written += len(rows)
 
 
@@ -200,7 +200,7 @@ def _usage(tenant: str, connector: UUID, table: dict[str, Any]) -> list[tuple[An
 
 async def gets(asked: dict[str, Any], go: Go) -> Figures:
     """Fetch for `seconds`, `at_once` in flight: `url`, `keys`, `days`; give requests per second."""
-    wanted = questions(asked["days"]) + [("GET", "/v1/user", None), ("GET", "/v1/workspace/groups", None)]
+    wanted = [*questions(asked["days"]), ("GET", "/v1/user", None), ("GET", "/v1/workspace/groups", None)]
     each = cycle([(key, question) for key in asked["keys"] for question in wanted])
     done = 0
     limit = aiohttp.TCPConnector(limit=asked["at_once"])
@@ -234,9 +234,11 @@ _STAGED = {
         ("text", "uuid", "text", "text", "text", "text", "bool", "bool", "int8"),
         "tenant_id, connector_id, user_id, email, first_name, seat_type, is_owner, is_locked, version",
         "connector_id, user_id",
-        "email = excluded.email, first_name = excluded.first_name, seat_type = excluded.seat_type,"
-        " is_owner = excluded.is_owner, is_locked = excluded.is_locked, version = excluded.version,"
-        " changed_at = now()",
+        (
+            "email = excluded.email, first_name = excluded.first_name, seat_type = excluded.seat_type,"
+            " is_owner = excluded.is_owner, is_locked = excluded.is_locked, version = excluded.version,"
+            " changed_at = now()"
+        ),
     ),
 }
 _TABLES = {"usage": "credit_usage", "members": "members"}
@@ -254,7 +256,7 @@ async def upserts(asked: dict[str, Any], go: Go) -> Figures:
     table = f"rollcall.{_TABLES[asked['what']]}"
     async with await AsyncConnection.connect(asked["database_url"], autocommit=True) as connection:
         await connection.execute(
-            f"CREATE TEMP TABLE staged ON COMMIT DELETE ROWS AS SELECT {columns} FROM {table} LIMIT 0"  # type: ignore[arg-type] # noqa: S608 - constants of this module
+            f"CREATE TEMP TABLE staged ON COMMIT DELETE ROWS AS SELECT {columns} FROM {table} LIMIT 0"  # noqa: S608 - constants of this module
         )
         await go()
         began = time.perf_counter()
@@ -266,9 +268,14 @@ async def upserts(asked: dict[str, Any], go: Go) -> Figures:
                     for row in rows[at : at + BATCH_ROWS]:
                         await copy.write_row(row)
                 await cursor.execute(
-                    f"INSERT INTO {table} ({columns}) SELECT * FROM staged ON CONFLICT ({key}) DO UPDATE SET {updates}"  # type: ignore[arg-type] # noqa: S608 - constants of this module
+                    f"INSERT INTO {table} ({columns}) SELECT * FROM staged ON CONFLICT ({key}) DO UPDATE SET {updates}"  # noqa: S608 - constants of this module
                 )
         return {"seconds": time.perf_counter() - began, "rows": len(rows)}
+
+
+def streams(found: Any) -> dict[bytes, list[tuple[bytes, dict[bytes, bytes]]]]:
+    """Read the answer of XREAD or XREADGROUP, whichever form the driver gives it."""
+    return dict(found or ())
 
 
 async def stream(asked: dict[str, Any], go: Go) -> Figures:
@@ -284,7 +291,7 @@ async def stream(asked: dict[str, Any], go: Go) -> Figures:
         written = time.perf_counter()
         read = 0
         while found := await redis.xreadgroup(group, "one", {key: ">"}, count=100):
-            ids = [entry_id for entry_id, _ in dict(found)[key.encode()]]
+            ids = [entry_id for entry_id, _ in streams(found)[key.encode()]]
             await redis.xack(key, group, *ids)
             read += len(ids)
         ended = time.perf_counter()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from tests.bench.crew import Crew
-from tests.bench.stage import Database, WrongResult
+from tests.bench.stage import Database, WrongResultError
 
 LIMIT_S = 1200.0
 LOOK_S = 0.05
@@ -45,7 +45,7 @@ def await_runs(database: Database, team: Crew, since: datetime, *, kind: str, co
     """Wait until each connector's run that began since then has ended.
 
     Raises:
-        WrongResult: one did not succeed, there were others, or it took too long.
+        WrongResultError: one did not succeed, there were others, or it took too long.
 
     """
     deadline = time.monotonic() + LIMIT_S
@@ -65,10 +65,10 @@ def await_runs(database: Database, team: Crew, since: datetime, *, kind: str, co
             break
         team.check()
         if time.monotonic() > deadline:
-            raise WrongResult(f"{row['open']} of {connectors} runs are still open after {LIMIT_S:.0f} s")
+            raise WrongResultError(f"{row['open']} of {connectors} runs are still open after {LIMIT_S:.0f} s")
         time.sleep(LOOK_S)
     if row["good"] != connectors or row["runs"] != connectors:
-        raise WrongResult(f"{row['good']} of {row['runs']} runs succeeded, {connectors} should have: {row['why']}")
+        raise WrongResultError(f"{row['good']} of {row['runs']} runs succeeded, {connectors} should have: {row['why']}")
     (parts,) = database.execute(
         "SELECT coalesce(sum(p.changes), 0) AS changes FROM rollcall.sync_parts p"
         " JOIN rollcall.sync_runs r ON r.id = p.run_id WHERE r.created_at >= %s",

@@ -30,7 +30,7 @@ Row = dict[str, Any]
 Database = psycopg.Connection[Row]
 
 
-class WrongResult(Exception):
+class WrongResultError(Exception):
     """A case ended with data that is not what the provider holds, or did not end at all."""
 
 

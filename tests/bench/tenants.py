@@ -77,13 +77,12 @@ def register(
     with (
         database.cursor() as cursor,
         cursor.copy(
-            "COPY rollcall.connectors (id, tenant_id, name, base_url, sealed_key, partition, poll_interval_s) FROM STDIN"
+            "COPY rollcall.connectors (id, tenant_id, name, base_url, sealed_key, partition, poll_interval_s)"
+            " FROM STDIN"
         ) as copy,
     ):
         for tenant in tenants:
-            sealed = vault.seal(
-                SecretStr(tenant.api_key), tenant_id=tenant.id, connector_id=tenant.connector_id
-            )
+            sealed = vault.seal(SecretStr(tenant.api_key), tenant_id=tenant.id, connector_id=tenant.connector_id)
             partition = partition_of(tenant.connector_id, meta["partitions"])
             copy.write_row(
                 (tenant.connector_id, tenant.id, tenant.workspace, base_url, sealed, partition, poll_interval_s)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-from tests.bench.stage import Database, WrongResult
+from tests.bench.stage import Database, WrongResultError
 from tests.bench.tenants import Tenant, first_day
 from tests.fixtures.simulator import Simulator
-from tests.fixtures.states import PLACES, State, of_rows, of_truth
+from tests.fixtures.states import PLACES, of_rows, of_truth
 
 KINDS = ("member", "service_account", "api_key")
 """Records that every side writes."""
@@ -50,13 +50,13 @@ def check(database: Database, simulator: Simulator, tenants: Sequence[Tenant], d
     """Compare all counts, and every value of a few tenants.
 
     Raises:
-        WrongResult: naming the first difference.
+        WrongResultError: naming the first difference.
 
     """
     wanted = expected(simulator, tenants, days)
     found = Counts(*(_rows(database, table) for table in Counts.__dataclass_fields__))
     if found != wanted:
-        raise WrongResult(f"expected {wanted}, found {found}")
+        raise WrongResultError(f"expected {wanted}, found {found}")
     step = max(1, len(tenants) // SAMPLED)
     for tenant in tenants[::step]:
         _check_values(database, simulator, tenant, days)
@@ -65,7 +65,7 @@ def check(database: Database, simulator: Simulator, tenants: Sequence[Tenant], d
 
 def _rows(database: Database, table: str) -> int:
     living = "" if table == "credit_usage" else "WHERE removed_at IS NULL"
-    (row,) = database.execute(f"SELECT count(*) AS n FROM rollcall.{table} {living}").fetchall()  # type: ignore[arg-type] # noqa: S608 - names of this module
+    (row,) = database.execute(f"SELECT count(*) AS n FROM rollcall.{table} {living}").fetchall()  # noqa: S608 - names of this module
     return int(row["n"])
 
 
@@ -87,15 +87,12 @@ def _check_values(database: Database, simulator: Simulator, tenant: Tenant, days
 def _facts(database: Database, table: str, tenant: Tenant) -> list[dict[str, Any]]:
     living = "" if table == "credit_usage" else "AND removed_at IS NULL"
     query = f"SELECT * FROM rollcall.{table} WHERE connector_id = %s {living}"  # noqa: S608 - names of this module
-    return database.execute(query, [tenant.connector_id]).fetchall()  # type: ignore[arg-type] # as above
+    return database.execute(query, [tenant.connector_id]).fetchall()
 
 
 def _compare(tenant: Tenant, found: Mapping[str, Any], true: Mapping[str, Any]) -> None:
     for subject in sorted(found.keys() | true.keys()):
         if found.get(subject) != true.get(subject):
-            raise WrongResult(
+            raise WrongResultError(
                 f"{tenant.workspace} {subject}: expected {true.get(subject)}, found {found.get(subject)}"
             )
-
-
-__all__ = ["Counts", "State", "check", "expected"]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
-import psutil
+import psutil  # type: ignore[import-untyped] # it publishes no types
 
 LOOK_S = 0.25
 MIB = 1 << 20
@@ -24,7 +24,7 @@ def cpu_s(pid: int) -> float:
         except psutil.NoSuchProcess:
             continue
         spent += times.user + times.system
-    return spent + times.children_user + times.children_system  # `times` are the first one's, read last
+    return float(spent + times.children_user + times.children_system)  # `times` are the first one's, read last
 
 
 def rss_mib(pid: int) -> float:
@@ -79,6 +79,6 @@ class Watch:
         found = {f"{prefix}.{name}": spent / count * scale for name, spent in self.cpu.items()}
         return {**found, f"{prefix}.total": sum(self.cpu.values()) / count * scale}
 
-    def peaks(self, prefix: str = "peak_mib") -> dict[str, float]:
+    def peaks(self) -> dict[str, float]:
         """Give the peak memory by process name."""
-        return {f"{prefix}.{name}": size for name, size in self.peak_mib.items()}
+        return {f"peak_mib.{name}": size for name, size in self.peak_mib.items()}

@@ -84,7 +84,7 @@ class Scene:
 
     async def rows(self, query: str, *values: object) -> list[dict[str, Any]]:
         async with await psycopg.AsyncConnection.connect(self.url, row_factory=dict_row, autocommit=True) as connection:
-            found = await connection.execute(query, values)  # type: ignore[arg-type] # tests build their queries
+            found = await connection.execute(query, values)
             return await found.fetchall() if found.description else []
 
     async def one(self, connector_id: UUID) -> dict[str, Any]:

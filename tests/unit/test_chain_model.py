@@ -7,6 +7,7 @@ what changes at the provider, and who is killed, flushed, rolled back or robbed 
 from __future__ import annotations
 
 import random
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from uuid import UUID
 
@@ -48,51 +49,42 @@ from worker.writer import Turn, fold
 DAY = timedelta(days=1)
 RECENT, EARLIER = Window(TODAY - DAY, TODAY + DAY), Window(TODAY - 3 * DAY, TODAY - DAY)
 WHOLE = Window(EARLIER.start, RECENT.end)
-HABITS = {
-    "advance": 40,
-    "send": 5,
-    "run": 2,
-    "reconcile": 1,
-    "change": 4,
-    "write": 6,
-    "subscribe": 4,
-    "again": 2,
-    "kill": 2,
-    "interrupt": 1,
-    "break_lease": 3,
-    "flush": 1,
-    "copy_redis": 1,
-    "roll_back": 1,
-    "trim": 1,
-    "unlock": 1,
-    "back_up": 1,
-    "restore": 1,
-    "clock": 1,
-    "drop": 1,
-    "poison": 1,
-}
-"""What may happen, and how often."""
-ALWAYS = ("advance", "send", "run", "reconcile", "change", "write", "subscribe")
+HABITS = {"advance": 30, "send": 5, "run": 3, "run_more": 1, "change": 4, "write": 5, "subscribe": 3}
+"""What always happens, and how often."""
+BLOWS = (
+    "again",
+    "stray",
+    "kill",
+    "interrupt",
+    "break_lease",
+    "flush",
+    "copy_redis",
+    "roll_back",
+    "trim",
+    "unlock",
+    "back_up",
+    "restore",
+    "clock",
+    "drop",
+    "poison",
+)
+"""What happens in some stories: a few of these in each, and then often."""
 FAULTS = ("outage", "incomplete", "full", "repeat")
 
 
 class Story:
     """One interleaving: `tell` lives through it, `settle` lets it end and compares."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, blows: Sequence[str] | None = None) -> None:
         self.rng = random.Random(seed)  # noqa: S311 - a story, no secret
         self.world, self.trace = ModelWorld(self.rng), [f"seed {seed}"]
         self.messages: list[list[UUID]] = []
         self.copy, self.backup = self.world.redis.copy(), self.world.postgres.copy()
         self.blind = False
-        share = self.rng.random()
-        self.habits = {
-            name: weight
-            for name, weight in HABITS.items()
-            if name in ALWAYS or (self.rng.random() < share)
-        }
+        blows = self.rng.sample(BLOWS, self.rng.randint(0, 5)) if blows is None else blows
+        self.habits = HABITS | dict.fromkeys(blows, 4)
         self.limits = GuardLimits(records=1) if "drop" in self.habits else GuardLimits()
-        self.world.faults = {name for name in FAULTS if self.rng.random() < share}
+        self.world.faults = {name for name in FAULTS if self.rng.random() < 0.2}
 
     def tell(self, actions: int) -> None:
         names, weights = list(self.habits), list(self.habits.values())
@@ -126,8 +118,8 @@ class Story:
                 self.world.postgres.parts[part.id] = part
         self.note(f"a {kind}")
 
-    def reconcile(self) -> None:
-        self.run(RunKind.RECONCILE)
+    def run_more(self) -> None:
+        self.run(self.rng.choice([RunKind.RECONCILE, RunKind.BACKFILL]))
 
     def send(self) -> bool:
         """Send what `plan.pick` picks, as the ledger does."""
@@ -150,12 +142,23 @@ class Story:
         sending = pick(CONNECTOR, parts, now=NOON, allow_bulk=True)
         if sending is None:
             return False
-        for part_id, lane in sending.lanes.items():
-            part = postgres.parts[part_id]
-            part.status, part.lane, part.leased = PartStatus.QUEUED, lane, True
-        self.messages.append(list(sending.lanes))
-        self._fetch(self.messages[-1])
+        self._send(sending.lanes)
         return True
+
+    def _send(self, lanes: Mapping[UUID, int]) -> None:
+        for part_id, lane in lanes.items():
+            part = self.world.postgres.parts[part_id]
+            part.status, part.lane, part.leased = PartStatus.QUEUED, lane, True
+        self.messages.append(list(lanes))
+        self._fetch(self.messages[-1])
+
+    def stray(self) -> None:
+        """Send any part, as if all leases were over."""
+        parts = [part for part in self.world.postgres.parts.values() if part.status in OPEN]
+        if parts:
+            part = self.rng.choice(parts)
+            self.world.postgres.chains[part.dataset].leased = False
+            self._send({part.id: 1})
 
     def again(self) -> None:
         """Deliver some earlier message once more."""
@@ -287,7 +290,7 @@ class Story:
             self.run()
             self._drain()
         self._compare(RECENT, subscriber=not self.blind)
-        self.reconcile()
+        self.run(RunKind.RECONCILE)
         self._drain()
         self._compare(WHOLE, subscriber=True)
         before, old = len(world.redis.stream), set(world.postgres.parts)
@@ -338,14 +341,14 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(entries, "MAX_BATCH", 2)
 
 
-def live(seed: int, actions: int = 60) -> None:
+def live(seed: int, actions: int = 80, blows: Sequence[str] | None = None) -> None:
     """Live through a story.
 
     Raises:
         Violation: a promise was broken; the text holds the trace.
 
     """
-    story = Story(seed)
+    story = Story(seed, blows)
     try:
         story.tell(actions)
         story.settle()

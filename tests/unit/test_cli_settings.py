@@ -53,9 +53,12 @@ def test_one_url_alone_is_not_completed(tmp_path: Path) -> None:
     """With only one of the two URLs set, the other is never taken from somewhere else."""
     found = find_settings({"DATABASE_URL": "postgresql://127.0.0.1/x", "ROLLCALL_DATA_DIR": str(tmp_path)})
     assert found.redis_url is None
-    for given_url in ({"database_url": SecretStr("postgresql://127.0.0.1/x")}, {"redis_url": SecretStr("redis://h")}):
+    for settings in (
+        Settings(data_dir=tmp_path, database_url=SecretStr("postgresql://127.0.0.1/x")),
+        Settings(data_dir=tmp_path, redis_url=SecretStr("redis://127.0.0.1")),
+    ):
         with pytest.raises(Misconfigured, match="_URL is not set"):
-            RunningStack(Settings(data_dir=tmp_path, **given_url), say=print).start()
+            RunningStack(settings, say=print).start()
 
 
 def test_a_child_gets_exactly_these_settings() -> None:

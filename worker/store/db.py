@@ -133,13 +133,14 @@ async def repeated(once: Callable[[], Awaitable[T]]) -> T:
 
     """
     for attempt in range(REPEATS):
-        try:
-            with answering():
+        with answering():
+            try:
                 return await once()
-        except (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected):
-            await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - jitter, no secret
-        except (psycopg.DataError, psycopg.IntegrityError) as error:
-            raise ContractBroken("unwritable", f"SQLSTATE {error.sqlstate}: {_constraint(error)}") from error
+            except (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected):
+                # Caught in here, since to the driver these are failures of the server as well.
+                await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - jitter, no secret
+            except (psycopg.DataError, psycopg.IntegrityError) as error:
+                raise ContractBroken("unwritable", f"SQLSTATE {error.sqlstate}: {_constraint(error)}") from error
     raise TryLater("database_contended", "Postgres asked for too many repeats of one transaction.")
 
 

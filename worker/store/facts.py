@@ -34,6 +34,8 @@ class PgFacts:
 
         async def work(connection: Connection) -> Base:
             version = await _version(connection, connector_id, dataset)
+            if not version:
+                return Base(0)  # what a registration wrote beforehand (a pinned workspace) was not observed
             if dataset.dimension:
                 days = await usage_records(connection, connector_id, dataset, since=since)
                 return Base(version, days=fingerprints(days))

@@ -17,6 +17,7 @@ from worker.store.db import Connection, Database, Row
 from worker.verdict import part_after
 
 BUSY_WAIT_S = 2.0
+POLL_ATTEMPTS = 3
 _RNG = random.Random()  # noqa: S311 - jitter, no secret
 
 _CLAIM = """
@@ -42,12 +43,14 @@ class PgLedger:
         db: the process's pool.
         lease_s: how long a claim holds a dataset beyond the time its requests may take.
         request_s: the longest one part's conversation may take.
-        attempts: most attempts of a part within its run.
+        attempts: most attempts of a part within its run; of a poll three, since the next one comes soon.
+        worker: the name under which this process's heart beats.
 
     """
 
-    def __init__(self, db: Database, *, lease_s: float, request_s: float, attempts: int) -> None:
+    def __init__(self, db: Database, *, lease_s: float, request_s: float, attempts: int, worker: str) -> None:
         self._db, self._lease_s, self._request_s, self._attempts = db, lease_s, request_s, attempts
+        self._worker = worker
 
     async def claim(self, part_ids: Sequence[UUID]) -> list[Claim]:
         """Claim the parts that may be asked now; see `worker.ports.Ledger`."""
@@ -75,7 +78,7 @@ class PgLedger:
                            AS n (id, connector_id, dataset, number)),
                 part AS (
                     UPDATE rollcall.sync_parts p SET status = 'running', attempts = attempts + 1, claimed = n.number,
-                           lease_until = now() + %b, published_at = NULL
+                           lease_until = now() + %b, published_at = NULL, worker = %b
                     FROM n WHERE p.id = n.id AND p.status = 'queued' RETURNING p.id
                 )
                 UPDATE rollcall.connector_access a SET claimed = n.number, lease_until = now() + %b
@@ -88,6 +91,7 @@ class PgLedger:
                     [str(c.dataset) for c in claims.values()],
                     [c.number for c in claims.values()],
                     lease,
+                    self._worker,
                     lease,
                 ],
             )
@@ -139,9 +143,8 @@ class PgLedger:
     async def failed(self, failure: Failure) -> None:
         """Settle a failure; see `worker.ports.Ledger`."""
         claim, verdict = failure.claim, failure.verdict
-        outcome = part_after(
-            verdict, attempts=claim.attempts, most=self._attempts, backoff_s=backoff_s(claim.attempts, _RNG)
-        )
+        most = min(self._attempts, POLL_ATTEMPTS) if claim.kind is RunKind.POLL else self._attempts
+        outcome = part_after(verdict, attempts=claim.attempts, most=most, backoff_s=backoff_s(claim.attempts, _RNG))
 
         async def work(connection: Connection) -> None:
             connectors = await lock_connectors(connection, [claim.target.connector_id])

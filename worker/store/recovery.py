@@ -13,6 +13,8 @@ from worker.store.sending import SENT_LEASE
 
 PLAN_AFTER = timedelta(seconds=30)
 """A run that nobody planned for so long has lost its message."""
+SILENCE = timedelta(seconds=20)
+"""How long a worker may miss its heartbeat, and a sent part its claim, before they count as lost."""
 TIDY_EVERY = timedelta(minutes=5)
 CLOCKS_APART = timedelta(seconds=10)
 """How far the clocks of Redis and Postgres may differ without a published part being fetched twice."""
@@ -58,6 +60,44 @@ class Recovery:
                 " UPDATE rollcall.meta SET ticks = %s FROM seen RETURNING seen.ticks >= %s",
                 tick,
                 tick,
+            )
+        )
+
+    async def bury(self) -> int:
+        """Make due what silent workers had claimed; if one was only slow, a fetch is spent, no fact."""
+        return int(
+            await self._one(
+                """
+                WITH dead AS (
+                    UPDATE rollcall.sync_parts p SET status = 'waiting', lane = NULL, lease_until = NULL
+                    FROM rollcall.workers w
+                    WHERE p.status = 'running' AND p.published_at IS NULL AND p.worker = w.name
+                      AND w.seen_at < now() - %s
+                    RETURNING p.connector_id, p.dataset, p.claimed
+                ), freed AS (
+                    UPDATE rollcall.connector_access a SET lease_until = NULL FROM dead
+                    WHERE a.connector_id = dead.connector_id AND a.dataset = dead.dataset AND a.claimed = dead.claimed
+                )
+                SELECT count(*) FROM dead
+                """,
+                SILENCE,
+            )
+        )
+
+    async def void_unclaimed(self) -> int:
+        """While no message waits at the broker: parts that were sent a while ago have lost theirs."""
+        return int(
+            await self._one(
+                """
+                WITH lost AS (
+                    UPDATE rollcall.sync_parts SET lane = NULL, lease_until = NULL
+                    WHERE status = 'queued' AND lane IS NOT NULL AND lease_until < now() + %s::interval - %s::interval
+                    RETURNING 1
+                )
+                SELECT count(*) FROM lost
+                """,
+                SENT_LEASE,
+                SILENCE,
             )
         )
 

@@ -202,12 +202,14 @@ CREATE TABLE sync_parts (
     lane          smallint,
     claimed       bigint,
     published_at  timestamptz,
+    worker        text,
     error_class   text,
     error_reason  text,
     records       integer NOT NULL DEFAULT 0,
     changes       integer NOT NULL DEFAULT 0
 ) WITH (fillfactor = 50);
 COMMENT ON COLUMN sync_parts.lane IS 'One of the connector''s places for a request in flight, held from sending until asked.';
+COMMENT ON COLUMN sync_parts.worker IS 'The process that claimed it: when that falls silent the part is due again.';
 COMMENT ON COLUMN sync_parts.published_at IS 'When its observation went to the stream: from then on it waits for the writer.';
 CREATE INDEX sync_parts_run ON sync_parts (run_id);
 CREATE INDEX sync_parts_open ON sync_parts (connector_id) WHERE status IN ('queued', 'running', 'waiting');

@@ -1,0 +1,603 @@
+"""What is lost, late, doubled or rolled back costs a fetch, never a fact."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import uuid4
+
+import orjson
+import pytest
+from redis.asyncio import Redis
+
+from schemas.connectors import Dataset, RunKind
+from tests.fixtures.harness import Harness, Watched
+from worker.dev.stack import EmbeddedStack
+from worker.entries import Observation
+from worker.errors import TryLater
+from worker.folding import LOCK_CLASS
+from worker.observe import observe
+from worker.store.books import PgBooks
+from worker.store.db import connect
+from worker.stream import DEAD_LETTERS, GROUP, RedisJournal
+from worker.writer import Turn, fold
+
+SOON_S = 20.0
+
+
+async def change(harness: Harness, seed: int) -> None:
+    kinds = ["member_join", "member_update", "group_update", "key_update", "usage_add", "key_add"]
+    harness.simulator.mutate("acme", {"op": "random", "n": 6, "seed": seed, "kinds": kinds})
+
+
+async def fetched(harness: Harness, watched: Watched) -> None:
+    """Start a poll and let its messages be worked off: everything is published, nothing written."""
+    await harness.make_due(watched)
+    await harness.tick()
+    while harness.messages:
+        await harness.deliver(harness.messages.popleft())
+
+
+async def until(found: Callable[[], Awaitable[object]]) -> None:
+    """Wait until something is so."""
+    async with asyncio.timeout(SOON_S):
+        while not await found():
+            await asyncio.sleep(0.02)
+
+
+@asynccontextmanager
+async def writing(harness: Harness) -> AsyncIterator[asyncio.Task[None]]:
+    """Run a writer's process beside the test; it must end in order."""
+    writer = harness.writer()
+    task = asyncio.create_task(writer.run())
+    try:
+        yield task
+    finally:
+        writer.stop.set()
+        async with asyncio.timeout(SOON_S):
+            await task
+
+
+# Redis loses data.
+
+
+async def test_a_flushed_redis_is_refilled(harness: Harness) -> None:
+    """After Redis lost everything the next poll ends in the right state, and a subscriber sees the break."""
+    acme = await harness.synced()
+    subscriber = await harness.subscribe(acme)
+    await change(harness, 1)
+    await harness.runtime.redis.flushall()
+    (run,) = await harness.poll(acme)
+    assert run["status"] == "succeeded"
+    facts = await harness.true(acme)
+    await subscriber.read()
+    assert subscriber.breaks == 0, "versions go on where they were: nothing was missed"
+    assert subscriber.state == facts
+    assert await harness.runtime.redis.exists(acme.snapshot(Dataset.MEMBERS))
+
+
+async def test_what_was_published_and_lost_is_fetched_again(harness: Harness) -> None:
+    """Entries that Redis lost before the writer read them: their parts are due again at the next tick."""
+    acme = await harness.synced()
+    subscriber = await harness.subscribe(acme)
+    await change(harness, 1)
+    await fetched(harness, acme)
+    await subscriber.read()
+    await harness.runtime.redis.flushall()
+    await harness.tick()
+    await harness.settle()
+    assert harness.lapses == 0, "no lease had to run out"
+    await subscriber.read()
+    assert subscriber.breaks > 0
+    assert subscriber.state == await harness.true(acme)
+
+
+async def test_sent_messages_that_the_broker_lost_are_sent_again(harness: Harness) -> None:
+    """When Redis, as the broker, lost its messages, the tick that notices sends their parts anew."""
+    acme = await harness.synced()
+    await change(harness, 1)
+    await harness.make_due(acme)
+    await harness.tick()
+    harness.messages.clear()
+    await harness.runtime.redis.flushall()
+    await harness.tick()
+    assert harness.messages
+    await harness.settle()
+    assert harness.lapses == 0
+    await harness.true(acme)
+
+
+@pytest.mark.parametrize("written", [True, False], ids=["written", "unwritten"])
+async def test_an_older_redis_is_not_believed(harness: Harness, written: bool) -> None:
+    """Redis put back to an older copy, with old snapshots and old entries pending: the next poll is right."""
+    acme = await harness.synced()
+    await change(harness, 1)
+    await fetched(harness, acme)
+    if written:
+        await harness.settle()
+    copy = await harness.copy_redis()
+    await harness.settle()
+    subscriber = await harness.subscribe(acme)
+    for seed in (2, 3):
+        await change(harness, seed)
+        await harness.poll(acme)
+        await subscriber.read()
+    assert subscriber.state == await harness.true(acme)
+    await harness.put_back(copy)
+    await change(harness, 4)
+    (run,) = await harness.poll(acme)
+    assert run["status"] == "succeeded"
+    await subscriber.read()
+    assert subscriber.state == await harness.true(acme)
+    assert not await harness.runtime.redis.xlen(DEAD_LETTERS)
+
+
+async def test_a_lost_publication_that_was_seen_is_taken_back(harness: Harness) -> None:
+    """A subscriber saw what Redis then lost and what the provider took back: the reconcile makes it replay."""
+    acme = await harness.synced()
+    copy = await harness.copy_redis()
+    subscriber = await harness.subscribe(acme)
+    (joined,) = harness.simulator.mutate("acme", {"op": "member_join"})
+    await fetched(harness, acme)
+    await subscriber.read()
+    await harness.put_back(copy)
+    harness.simulator.mutate("acme", {"op": "member_leave", "user_id": joined["user_id"]})
+    await harness.tick()
+    await harness.settle()
+    await harness.true(acme)
+    await harness.poll(acme, kind=RunKind.RECONCILE)
+    await subscriber.read()
+    assert subscriber.state == await harness.true(acme)
+
+
+async def test_only_a_lower_tick_means_that_redis_went_back(harness: Harness) -> None:
+    """Ticks that grow are no alarm; the same or a lower one is, once."""
+    recovery = harness.runtime.recovery
+    assert [await recovery.redis_went_back(n) for n in (1, 2, 5, 5, 6, 3, 4)] == [
+        False, False, False, True, False, True, False,
+    ]  # fmt: skip
+
+
+async def test_a_postgres_put_back_is_caught_up(harness: Harness) -> None:
+    """Postgres restored from a backup: the newer snapshots in Redis are not believed, and subscribers replay."""
+    acme = await harness.synced()
+    tables = ("connector_access", "members", "groups", "service_accounts", "api_keys", "credit_usage", "usage_coverage")
+    for table in tables:
+        await harness.rows(f"CREATE TABLE public.{table} AS SELECT * FROM rollcall.{table}")  # type: ignore[arg-type] # constant names
+    await change(harness, 1)
+    await harness.poll(acme)
+    subscriber = await harness.subscribe(acme)
+    for table in tables:
+        await harness.rows(f"DELETE FROM rollcall.{table}")  # type: ignore[arg-type] # constant names
+        await harness.rows(f"INSERT INTO rollcall.{table} SELECT * FROM public.{table}")  # type: ignore[arg-type] # constant names
+    await change(harness, 2)
+    await harness.poll(acme)
+    facts = await harness.true(acme)
+    await subscriber.read()
+    assert subscriber.breaks > 0
+    assert subscriber.state == facts
+
+
+# Slow is not lost.
+
+
+async def test_a_slow_writer_causes_no_more_fetching(harness: Harness) -> None:
+    """While published entries wait for the writer, their parts keep their leases and are not asked again."""
+    acme = await harness.synced()
+    await change(harness, 1)
+    await fetched(harness, acme)
+    harness.simulator.reset_stats()
+    for _ in range(3):
+        await harness.rows(
+            "UPDATE rollcall.sync_parts SET lease_until = now() + interval '1 ms' WHERE status = 'running'"
+        )
+        await harness.tick()
+        await asyncio.sleep(0.005)
+        await harness.tick()
+        assert not harness.messages
+    assert harness.simulator.stats()["total"] == 0
+    await harness.settle()
+    await harness.agree(acme)
+
+
+async def test_a_part_whose_entry_is_gone_is_fetched_again(harness: Harness) -> None:
+    """A published part without anything unapplied in its partition is lost: once its lease is over it is sent."""
+    acme = await harness.synced()
+    await change(harness, 1)
+    await fetched(harness, acme)
+    await harness.runtime.redis.xtrim(acme.stream, maxlen=0)
+    await harness.tick()
+    assert not harness.messages, "its lease still holds"
+    await harness.break_leases()
+    await harness.tick()
+    assert harness.messages
+    await harness.settle()
+    await harness.true(acme)
+
+
+async def test_a_killed_fetcher_is_followed_by_another(harness: Harness) -> None:
+    """Parts that were claimed by a process that died are found stalled and asked again; the repeat is harmless."""
+    acme = await harness.synced()
+    await change(harness, 1)
+    await harness.make_due(acme)
+    await harness.tick()
+    message = harness.messages.popleft()
+    await harness.runtime.ports.ledger.claim(list(message.lanes))
+    assert await harness.runtime.recovery.stalled(10) == set()
+    await harness.break_leases()
+    assert await harness.runtime.recovery.stalled(10) == {acme.id}
+    await harness.tick()
+    await harness.settle()
+    await harness.agree(acme)
+
+
+async def test_a_run_whose_message_was_lost_is_planned(harness: Harness) -> None:
+    """A queued run that nobody planned for half a minute is found again."""
+    acme = await harness.synced()
+    run_id = uuid4()
+    await harness.rows(
+        "INSERT INTO rollcall.sync_runs (id, connector_id, tenant_id, kind, requested_by, status, created_at)"
+        " VALUES (%s, %s, 't1', 'poll', 'backend', 'queued', now() - interval '31 s')",
+        [run_id, acme.id],
+    )
+    assert await harness.runtime.recovery.unplanned() == [run_id]
+    harness.messages.extend(await harness.runtime.dispatch.plan_run(run_id))
+    await harness.settle()
+    run = await harness.one("SELECT * FROM rollcall.sync_runs WHERE id = %s", [run_id])
+    assert run["status"] == "succeeded"
+    (completed,) = [a for a in await harness.announced(acme) if a.get("run_id") == str(run_id)]
+    assert (completed["what"], completed["parts_done"]) == ("sync.completed", 7)
+
+
+async def test_doubled_messages_change_nothing(harness: Harness) -> None:
+    """The same message delivered twice, side by side and later again, gives every part one effect."""
+    acme = await harness.synced()
+    await change(harness, 1)
+    await harness.make_due(acme)
+    await harness.tick()
+    (message,) = harness.messages
+    harness.simulator.reset_stats()
+    await asyncio.gather(*(observe(list(message.lanes), harness.runtime.ports) for _ in range(3)))
+    assert harness.simulator.stats()["total"] == len(Dataset), "one of them asks"
+    await harness.settle()
+    await observe(list(message.lanes), harness.runtime.ports)
+    await harness.settle()
+    assert harness.simulator.stats()["total"] == len(Dataset)
+    await harness.agree(acme)
+
+
+async def test_a_superseded_observation_is_returned(harness: Harness) -> None:
+    """A part that was claimed anew while its first observation waits: the old one has no effect, the new one has."""
+    acme = await harness.synced()
+    (first,) = harness.simulator.mutate("acme", {"op": "member_join"})
+    await fetched(harness, acme)
+    subscriber = await harness.subscribe(acme)
+    harness.simulator.mutate("acme", {"op": "member_leave", "user_id": first["user_id"]}, {"op": "member_join"})
+    await harness.break_leases()
+    (again,) = await harness.runtime.dispatch.more([acme.id])
+    assert again.datasets == (Dataset.MEMBERS,)
+    claimed = await harness.runtime.ports.ledger.claim(list(again.lanes))
+    await harness.write()
+    assert len(claimed) == 1
+    assert f"member/{first['user_id']}" not in (await harness.facts(acme)).records, "returned"
+    await harness.break_leases()
+    await harness.tick()
+    await harness.settle()
+    facts = await harness.true(acme)
+    await subscriber.read()
+    assert subscriber.breaks == 1
+    assert subscriber.state == facts
+
+
+# The writer.
+
+
+async def test_one_writer_per_partition(harness: Harness) -> None:
+    """While one connection holds a partition's lock another one leaves its entries alone."""
+    acme = await harness.synced()
+    await change(harness, 1)
+    await fetched(harness, acme)
+    other = await connect(harness.runtime.settings.require_database(), "other writer")
+    try:
+        await other.execute("SELECT pg_advisory_lock(%s, %s)", [LOCK_CLASS, acme.partition])
+        before = await harness.facts(acme)
+        await harness.write()
+        assert await harness.facts(acme) == before
+        pending = await harness.runtime.redis.xpending(acme.stream, GROUP)
+        assert pending["pending"] == 0, "not even read"
+    finally:
+        await other.close()
+    await harness.settle()
+    await harness.agree(acme)
+
+
+async def test_two_writers_share_the_work(harness: Harness) -> None:
+    """Two writers' processes at once fold everything exactly once."""
+    added = [await harness.add_connector(f"w{n}", tenant=f"t{n}") for n in range(6)]
+    async with writing(harness), writing(harness):
+        await harness.tick()
+        while await harness.rows("SELECT 1 FROM rollcall.sync_runs WHERE status = 'running'"):
+            while harness.messages:
+                await harness.deliver(harness.messages.popleft())
+            await asyncio.sleep(0.02)
+    await harness.write()
+    for watched in added:
+        await harness.agree(watched)
+    assert not await harness.runtime.redis.xlen(DEAD_LETTERS)
+
+
+class Dying(RedisJournal):
+    """A journal whose process dies just before it acknowledges."""
+
+    async def acknowledge(self, ids: Sequence[str]) -> None:
+        if ids:
+            raise asyncio.CancelledError
+
+
+async def test_a_writer_killed_before_it_acknowledges_repeats_nothing(harness: Harness) -> None:
+    """Applied but not acknowledged: the next holder of the lock finds the entries pending and skips them."""
+    acme = await harness.synced()
+    await change(harness, 1)
+    await fetched(harness, acme)
+    books = PgBooks(harness.books_connection)
+    with pytest.raises(asyncio.CancelledError):
+        await fold(Dying(harness.runtime.redis, acme.partition), books, count=200, block_ms=None, turn=Turn())
+    pending = (await harness.runtime.redis.xpending(acme.stream, GROUP))["pending"]
+    assert pending > 0
+    before = await harness.rows("SELECT xmin::text, user_id FROM rollcall.members ORDER BY 2")
+    runs = await harness.runs(acme)
+    await harness.write()
+    assert (await harness.runtime.redis.xpending(acme.stream, GROUP))["pending"] == 0
+    assert await harness.rows("SELECT xmin::text, user_id FROM rollcall.members ORDER BY 2") == before
+    assert await harness.runs(acme) == runs
+    await harness.agree(acme)
+
+
+async def test_a_writer_killed_in_its_transaction_loses_nothing(harness: Harness) -> None:
+    """The connection dies under the batch: nothing of it is there, and the next turn applies all of it."""
+    acme = await harness.synced()
+    before = await harness.facts(acme)
+    await change(harness, 1)
+    await fetched(harness, acme)
+    doomed = await connect(harness.runtime.settings.require_database(), "doomed")
+    await harness.rows("BEGIN")
+    await harness.rows("LOCK TABLE rollcall.members IN ACCESS EXCLUSIVE MODE")
+    folding = asyncio.create_task(
+        fold(
+            RedisJournal(harness.runtime.redis, acme.partition),
+            PgBooks(doomed),
+            count=200,
+            block_ms=None,
+            turn=Turn(),
+        )
+    )
+    waits = "SELECT 1 FROM pg_stat_activity WHERE pid = %s AND wait_event_type = 'Lock'"
+    await until(lambda: harness.rows(waits, [doomed.info.backend_pid]))
+    await harness.rows("SELECT pg_terminate_backend(%s)", [doomed.info.backend_pid])
+    await harness.rows("ROLLBACK")
+    with pytest.raises(TryLater):
+        await folding
+    await doomed.close()
+    assert await harness.facts(acme) == before
+    await harness.settle()
+    await harness.agree(acme)
+
+
+async def test_deleted_pending_entries_block_nobody(harness: Harness) -> None:
+    """Entries that somebody deleted while they were pending are passed over; what follows is folded."""
+    acme = await harness.synced()
+    await change(harness, 1)
+    await fetched(harness, acme)
+    redis: Redis = harness.runtime.redis
+    read = await redis.xreadgroup(GROUP, f"partition-{acme.partition}", {acme.stream: ">"}, count=1)
+    streams = list(read.items()) if isinstance(read, dict) else read
+    await redis.xdel(acme.stream, streams[0][1][0][0])
+    await harness.write()
+    assert (await redis.xpending(acme.stream, GROUP))["pending"] == 0
+    await harness.break_leases()
+    await harness.tick()
+    await harness.settle()
+    await harness.true(acme)
+
+
+# Poison.
+
+
+async def poison(harness: Harness, watched: Watched, wrong: Callable[[dict[str, Any]], None]) -> None:
+    """Damage the members' observation in the stream, every other entry as it is and in its place."""
+    redis = harness.runtime.redis
+    entries = await redis.xrange(watched.stream)
+    groups = {g["name"]: g["last-delivered-id"] for g in await redis.xinfo_groups(watched.stream)}
+    last = groups[GROUP.encode() if GROUP.encode() in groups else GROUP]
+    after = tuple(int(n) for n in (last.decode() if isinstance(last, bytes) else last).split("-"))
+    for at, fields in entries:
+        if tuple(int(n) for n in at.decode().split("-")) <= after:
+            continue
+        await redis.xdel(watched.stream, at)
+        if fields.get(b"dataset") == b"members":
+            events = orjson.loads(fields[b"ce"])
+            wrong(events[0])
+            fields[b"ce"] = orjson.dumps(events)
+        await redis.xadd(watched.stream, fields)
+
+
+def too_long(event: dict[str, Any]) -> None:
+    event["data"]["after"]["is_owner"] = "neither"
+
+
+def without_a_field(event: dict[str, Any]) -> None:
+    del event["data"]["after"]["is_locked"]
+
+
+def without_subject(event: dict[str, Any]) -> None:
+    del event["subject"]
+
+
+def unstorable(event: dict[str, Any]) -> None:
+    event["data"]["after"]["email"] = "\u0000"
+
+
+@pytest.mark.parametrize("wrong", [too_long, without_a_field, without_subject, unstorable])
+async def test_poison_is_set_aside_alone(harness: Harness, wrong: Callable[[dict[str, Any]], None]) -> None:
+    """What cannot be written is found by halving, put away with reason and origin; its neighbours are committed."""
+    acme = await harness.synced()
+    before = await harness.facts(acme)
+    harness.simulator.mutate(
+        "acme",
+        {"op": "member_join"},
+        {"op": "group_add", "name": "New"},
+        {"op": "plan", "tier": "growth"},
+        {"op": "usage_add", "day": datetime.now(UTC).date().isoformat(), "product": "music", "amount": "3"},
+    )
+    await fetched(harness, acme)
+    await poison(harness, acme, wrong)
+    await harness.settle()
+
+    facts, truth = await harness.facts(acme), await harness.truth(acme)
+    others = {s: r for s, r in truth.records.items() if not s.startswith("member/")}
+    assert {s: r for s, r in facts.records.items() if not s.startswith("member/")} == others
+    assert facts.usage == truth.usage
+    members = {s: r for s, r in before.records.items() if s.startswith("member/")}
+    assert {s: r for s, r in facts.records.items() if s.startswith("member/")} == members
+
+    ((_, letter),) = await harness.runtime.redis.xrange(DEAD_LETTERS)
+    assert letter[b"origin"].decode().split()[0] == acme.stream
+    assert letter[b"reason"] in {b"unwritable", b"event_broken"}
+    assert (letter[b"attempts"], letter[b"dataset"]) == (b"1", b"members")
+    run = (await harness.runs(acme))[-1]
+    assert (run["status"], run["parts_failed"]) == ("partial", 1)
+    part = (await harness.parts(run))["members"]
+    assert part["error_class"] == "ContractBroken"
+    assert part["error_reason"] == f"dead_letter_{letter[b'reason'].decode()}"
+    assert (await harness.health(acme))[0] == "connected"
+    assert (await harness.runtime.redis.xpending(acme.stream, GROUP))["pending"] == 0
+
+    (run,) = await harness.poll(acme, kind=RunKind.RECONCILE)
+    assert run["status"] == "succeeded", "re-driving is a reconcile"
+    await harness.true(acme)
+
+
+async def test_unreadable_entries_are_set_aside(harness: Harness) -> None:
+    """An entry that is no observation at all is put away; its part is fetched again."""
+    acme = await harness.synced()
+    redis = harness.runtime.redis
+    cid = str(acme.id)
+    for fields in (
+        {"ce": "[]", "connector": cid, "dataset": "members", "base": "x", "sequence": "1", "part": cid, "report": "{}"},
+        {"ce": "no json", "connector": cid, "dataset": "unheard_of", "base": "1", "sequence": "2", "part": "p"},
+        {"ce": "[]", "connector": "?", "dataset": "members", "base": "1", "sequence": "2", "part": cid},
+    ):
+        await redis.xadd(acme.stream, fields)
+    await change(harness, 1)
+    await harness.poll(acme)
+    await harness.true(acme)
+    assert await redis.xlen(DEAD_LETTERS) == 3
+    assert (await redis.xpending(acme.stream, GROUP))["pending"] == 0
+
+
+async def test_a_tail_without_end_holds_up_nothing(harness: Harness) -> None:
+    """The first piece of an observation whose rest was lost is passed over by what follows."""
+    acme = await harness.synced()
+    piece = {"ce": "[]", "connector": str(acme.id), "dataset": "members", "base": "1", "sequence": "2"}
+    await harness.runtime.redis.xadd(acme.stream, piece)
+    await harness.write()
+    await change(harness, 1)
+    await harness.poll(acme)
+    await harness.true(acme)
+    assert (await harness.runtime.redis.xpending(acme.stream, GROUP))["pending"] == 0
+    assert not await harness.runtime.redis.xlen(DEAD_LETTERS)
+
+
+async def test_events_of_a_connector_nobody_knows_are_dropped(harness: Harness) -> None:
+    """What comes late of a deleted connector, or of none, leaves no row and no dead letter."""
+    acme = await harness.synced()
+    await change(harness, 1)
+    await fetched(harness, acme)
+    await harness.rows("UPDATE rollcall.connectors SET status = 'deleted', deleted_at = now()")
+    await harness.rows("DELETE FROM rollcall.members")
+    await harness.write()
+    assert not await harness.rows("SELECT 1 FROM rollcall.members")
+    assert not await harness.runtime.redis.xlen(DEAD_LETTERS)
+
+
+# Servers go away.
+
+
+async def test_a_stopped_postgres_never_dead_letters(harness: Harness, stack: EmbeddedStack) -> None:
+    """The writer waits while Postgres is away, acknowledges nothing, and goes on by itself when it is back."""
+    acme = await harness.synced()
+    await change(harness, 1)
+    await fetched(harness, acme)
+    async with writing(harness) as task:
+        await asyncio.to_thread(stack.postgres.stop)
+        try:
+            await asyncio.sleep(0.5)
+            assert not task.done()
+        finally:
+            await asyncio.to_thread(stack.postgres.start)
+        redis = harness.runtime.redis
+
+        async def applied() -> bool:
+            assert not task.done()
+            group = next(g for g in await redis.xinfo_groups(acme.stream) if g["name"] in {GROUP, GROUP.encode()})
+            (newest,) = await redis.xrevrange(acme.stream, count=1)
+            return group["pending"] == 0 and group["last-delivered-id"] in {newest[0], newest[0].decode()}
+
+        await until(applied)
+    assert not await redis.xlen(DEAD_LETTERS)
+    await harness.renew_connections()
+    await harness.settle()
+    await harness.agree(acme)
+
+
+async def test_a_frozen_redis_makes_everybody_wait(harness: Harness, stack: EmbeddedStack) -> None:
+    """While Redis does not answer, fetching and writing say TryLater and lose nothing."""
+    acme = await harness.synced()
+    await change(harness, 1)
+    await harness.make_due(acme)
+    await harness.tick()
+    (message,) = harness.messages
+    harness.messages.clear()
+    claims = await harness.runtime.ports.ledger.claim(list(message.lanes))
+    assert len(claims) == len(Dataset)
+    await harness.break_leases()
+    await harness.tick()
+    (message,) = harness.messages
+    harness.messages.clear()
+    for connection in (harness.runtime.redis.connection_pool,):
+        await connection.disconnect()
+    await asyncio.to_thread(stack.valkey.stop)
+    try:
+        with pytest.raises(TryLater):
+            await observe(list(message.lanes), harness.runtime.ports)
+        with pytest.raises(TryLater):
+            await harness.write()
+    finally:
+        await asyncio.to_thread(stack.valkey.start)
+    await harness.break_leases()
+    await harness.tick()
+    await harness.settle()
+    await harness.agree(acme)
+
+
+async def test_redis_away_in_the_middle_of_an_observation_is_no_bug(harness: Harness) -> None:
+    """A part whose publication fails is told as TryLater, not as a failure of ours, and is found again."""
+    acme = await harness.synced()
+    await change(harness, 1)
+    await harness.make_due(acme)
+    await harness.tick()
+    message = harness.messages.popleft()
+    snapshots = harness.runtime.snapshots
+
+    async def away(*_args: object, **_kwargs: object) -> object:
+        raise TryLater("redis_unreachable")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(snapshots), "publish", away)
+        with pytest.raises(TryLater):
+            await observe(list(message.lanes), harness.runtime.ports)
+    await harness.settle()
+    await harness.agree(acme)

@@ -1,0 +1,233 @@
+"""Whatever happens in whatever order, once things are quiet Postgres and a subscriber equal the provider."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Sequence
+from contextlib import AsyncExitStack, suppress
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import redis
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, multiple, rule, run_state_machine_as_test
+
+from schemas.connectors import RunKind
+from tests.fixtures.harness import Harness, Subscriber, Watched, opened
+from tests.fixtures.servers import cloned_database
+from tests.fixtures.simulator import Simulator
+from worker.dev.stack import EmbeddedStack
+from worker.errors import TryLater
+from worker.observe import observe
+from worker.plan import Sending
+from worker.ports import Claim, Quiet
+from worker.store.books import PgBooks
+from worker.stream import DEAD_LETTERS, RedisJournal
+from worker.writer import Turn, fold
+
+T = TypeVar("T")
+
+PROFILE = settings(
+    max_examples=30,
+    stateful_step_count=30,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+)
+TINY = {
+    "members": 14,
+    "groups": 2,
+    "service_accounts": 1,
+    "keys_per_account": 2,
+    "history_days": 6,
+    "usage_rows_per_day": 5,
+}
+NAMES = ("acme", "globex")
+STORMS = ("s503", "rate429", "html403", "empty", "conflict409", "reset", "forbidden")
+RUNS_OF_A_HOLD = 4
+"""A hold that has just begun is over after so many polls."""
+
+
+class Killed(BaseException):
+    """The process ended here, without any chance to say goodbye."""
+
+
+@dataclass(frozen=True)
+class Doomed:
+    """A ledger whose process is killed after publishing, before it can write anything down."""
+
+    inner: Any
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    async def published(self, _: Sequence[Claim]) -> None:
+        raise Killed
+
+    async def close_quiet(self, _: Sequence[Quiet]) -> None:
+        raise Killed
+
+
+class Unacknowledged(RedisJournal):
+    """A journal whose process is killed before it acknowledges what it applied."""
+
+    async def acknowledge(self, ids: Sequence[str]) -> None:
+        if ids:
+            raise Killed
+
+
+class Machine(RuleBasedStateMachine):
+    """Two connectors of two tenants, everything that befalls them, and a subscriber of each."""
+
+    messages = Bundle("messages")
+    copies = Bundle("copies")
+
+    def __init__(self, stack: EmbeddedStack, template: str, simulator: Simulator) -> None:
+        super().__init__()
+        self.runner = asyncio.Runner()
+        self.stack = AsyncExitStack()
+        database_url = self.stack.enter_context(cloned_database(stack.postgres, template))
+        redis_url = stack.valkey.url.get_secret_value()
+        with redis.Redis.from_url(redis_url) as client:
+            client.flushall()
+        entering = opened(database_url, redis_url, simulator, backfill_days=8, window_days=4)
+        self.harness: Harness = self.run(self.stack.enter_async_context(entering))
+        self.subscribers: list[Subscriber] = []
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        return self.runner.run(work)
+
+    @property
+    def watched(self) -> list[Watched]:
+        return [subscriber.watched for subscriber in self.subscribers]
+
+    @initialize()
+    def add(self) -> None:
+        for name in NAMES:
+            watched = self.run(self.harness.add_connector(name, tenant=f"t_{name}", **TINY))
+            self.subscribers.append(Subscriber(self.harness, watched))
+
+    # The provider.
+
+    @rule(name=st.sampled_from(NAMES), seed=st.integers(0, 2**20), n=st.integers(1, 8))
+    def change(self, name: str, seed: int, n: int) -> None:
+        self.harness.simulator.mutate(name, {"op": "random", "n": n, "seed": seed, "usage_days": 2})
+
+    @rule(name=st.sampled_from(NAMES), kind=st.sampled_from(STORMS), times=st.integers(1, 6))
+    def storm(self, name: str, kind: str, times: int) -> None:
+        self.harness.simulator.faults(name, {"kind": kind, "times": times, "probability": 0.5})
+
+    # The flow.
+
+    @rule(kind=st.sampled_from([RunKind.POLL, RunKind.POLL, RunKind.RECONCILE, RunKind.BACKFILL]))
+    def become_due(self, kind: RunKind) -> None:
+        self.run(self.harness.make_due(kind=kind))
+
+    @rule(target=messages)
+    def tick(self) -> Any:
+        with suppress(TryLater):
+            self.run(self.harness.tick())
+        return self._sent()
+
+    def _sent(self) -> Any:
+        """Hand out what was sent: from now on the test decides whether and how often it arrives."""
+        sent = list(self.harness.messages)
+        self.harness.messages.clear()
+        return multiple(*sent)
+
+    @rule(target=messages, message=messages)
+    def deliver(self, message: Sending) -> Any:
+        self.run(self.harness.deliver(message))
+        return self._sent()
+
+    @rule(message=messages)
+    def deliver_twice_at_once(self, message: Sending) -> None:
+        async def both() -> None:
+            ports = self.harness.runtime.ports
+            await asyncio.gather(*(observe(list(message.lanes), ports) for _ in range(2)))
+
+        self.run(both())
+
+    @rule(message=messages)
+    def kill_fetcher_after_claim(self, message: Sending) -> None:
+        self.run(self.harness.runtime.ports.ledger.claim(list(message.lanes)))
+
+    @rule(message=messages)
+    def kill_fetcher_after_publishing(self, message: Sending) -> None:
+        ports = replace(self.harness.runtime.ports, ledger=Doomed(self.harness.runtime.ports.ledger))
+        with suppress(Killed):
+            self.run(observe(list(message.lanes), ports))
+
+    @rule(target=messages)
+    def write(self) -> Any:
+        self.run(self.harness.write())
+        return self._sent()
+
+    @rule(count=st.integers(1, 3))
+    def kill_writer(self, count: int) -> None:
+        harness = self.harness
+        for partition in range(harness.partitions):
+            journal = Unacknowledged(harness.runtime.redis, partition)
+            with suppress(Killed):
+                self.run(fold(journal, PgBooks(harness.books_connection), count=count, block_ms=None, turn=Turn()))
+
+    @rule()
+    def subscribers_read(self) -> None:
+        for subscriber in self.subscribers:
+            self.run(subscriber.read())
+
+    # What goes wrong.
+
+    @rule()
+    def break_leases(self) -> None:
+        self.run(self.harness.break_leases())
+
+    @rule()
+    def flush_redis(self) -> None:
+        self.run(self.harness.runtime.redis.flushall())
+
+    @rule(target=copies)
+    def copy_redis(self) -> Any:
+        return self.run(self.harness.copy_redis())
+
+    @rule(copy=copies)
+    def put_redis_back(self, copy: dict[bytes, bytes]) -> None:
+        self.run(self.harness.put_back(copy))
+
+    # The end.
+
+    def teardown(self) -> None:
+        try:
+            if self.subscribers:
+                self.run(self._quiet())
+        finally:
+            self.run(self.stack.aclose())
+            self.runner.close()
+
+    async def _quiet(self) -> None:
+        harness = self.harness
+        for name in NAMES:
+            harness.simulator.faults(name)
+        await harness.pass_time()
+        await harness.tick()
+        await harness.settle()
+        for _ in range(RUNS_OF_A_HOLD):
+            await harness.poll()
+        runs = await harness.poll(kind=RunKind.RECONCILE)
+        assert {(run["kind"], run["status"]) for run in runs} == {("reconcile", "succeeded")}
+        assert not await harness.runtime.redis.xlen(DEAD_LETTERS)
+        for subscriber in self.subscribers:
+            await subscriber.read()
+            assert subscriber.state == await harness.true(subscriber.watched)
+            assert await harness.health(subscriber.watched) == ("connected", None, "none")
+            events = await harness.events(subscriber.watched)
+            assert {e["tenantid"] for e in events} == {subscriber.watched.tenant}
+
+
+def test_any_order_of_events_ends_right(
+    stack: EmbeddedStack, template_database: str, simulator: Simulator
+) -> None:
+    """Changes, storms, doubled messages, killed processes, a lost or older Redis: in the end all is equal."""
+    run_state_machine_as_test(lambda: Machine(stack, template_database, simulator), settings=PROFILE)

@@ -1,0 +1,340 @@
+"""Postgres as the store: its schema, who may see what, and what its hot statements cost."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Any
+from uuid import UUID, uuid4
+
+import psycopg
+import pytest
+from psycopg import sql
+from psycopg.rows import dict_row
+
+from schemas.connectors import Dataset
+from tests.fixtures.harness import Harness
+from tests.fixtures.servers import revive
+from worker.dev.stack import EmbeddedStack
+from worker.errors import ContractBroken, Refused, TryLater
+from worker.store import migrate as migrating
+from worker.store.db import Connection
+from worker.store.migrate import migrate, migrations
+from worker.store.upkeep import age_out
+
+TENANTLESS = {"meta", "workers", "schema_migrations"}
+BY_CONNECTOR = {"connector_access", "sync_parts"}
+BIG = {"connectors", "connector_access", "sync_runs", "sync_parts"}
+MANY = 4_000
+
+
+@pytest.fixture
+def empty_url(stack: EmbeddedStack) -> Iterator[str]:
+    """The URL of a database without anything in it."""
+    revive(stack.postgres)
+    name = f"empty_{uuid4().hex[:12]}"
+    admin = stack.postgres.url_of("postgres").get_secret_value()
+    with psycopg.connect(admin, autocommit=True) as connection:
+        connection.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
+        yield stack.postgres.url_of(name).get_secret_value()
+        connection.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))
+
+
+def ask(url: str, query: str) -> list[tuple[Any, ...]]:
+    with psycopg.connect(url, autocommit=True) as connection:
+        return connection.execute(query).fetchall()  # type: ignore[arg-type] # tests build their queries
+
+
+# Migrations.
+
+
+def test_migrating_again_does_nothing(empty_url: str) -> None:
+    """The first call applies every migration, the next none; the number of streams stays what it was first."""
+    names = [f"{m.number:04d}_{m.name}" for m in migrations()]
+    assert migrate(empty_url, partitions=3) == names
+    assert migrate(empty_url, partitions=8) == []
+    assert ask(empty_url, "SELECT partitions FROM rollcall.meta") == [(3,)]
+
+
+def test_two_places_may_migrate_at_once(empty_url: str) -> None:
+    """Of several migrators at once each waits for the other, and every migration is applied by one of them."""
+    with ThreadPoolExecutor(4) as pool:
+        applied = list(pool.map(migrate, [empty_url] * 4))
+    assert sorted(map(len, applied)) == [0, 0, 0, len(migrations())]
+
+
+def test_a_database_from_the_future_is_refused(empty_url: str) -> None:
+    """A schema that a newer version made is left alone, and the message says what to do."""
+    migrate(empty_url)
+    with psycopg.connect(empty_url, autocommit=True) as connection:
+        connection.execute("INSERT INTO rollcall.schema_migrations (number, name) VALUES (9999, 'later')")
+    with pytest.raises(Refused, match=r"migration 9999.*newer version") as refused:
+        migrate(empty_url)
+    assert refused.value.reason == "database_from_the_future"
+
+
+def test_a_server_too_old_is_refused(empty_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server below the least version is refused before anything is written."""
+    monkeypatch.setattr(migrating, "MIN_SERVER_VERSION", 990_000)
+    with pytest.raises(Refused) as refused:
+        migrate(empty_url)
+    assert refused.value.reason == "server_too_old"
+    assert ask(empty_url, "SELECT count(*) FROM pg_namespace WHERE nspname = 'rollcall'") == [(0,)]
+
+
+def test_a_database_that_is_away_is_told_without_its_password() -> None:
+    """No server: TryLater, and neither the message nor anything it hangs on shows the password."""
+    with pytest.raises(TryLater) as later:
+        migrate("postgresql://rollcall:sesame@127.0.0.1:9/rollcall?sslmode=disable")
+    assert later.value.reason == "database_unreachable"
+    assert "sesame" not in f"{later.value!r} {later.value.__cause__!r}"
+
+
+# Tenants.
+
+
+async def test_a_reader_sees_its_tenant_only(harness: Harness) -> None:
+    """Through every table and view a reader sees the rows of the tenant it names, and none without naming one."""
+    watched = {
+        tenant: await harness.add_connector(f"w_{tenant}", tenant=tenant, members=40) for tenant in ("t1", "t2")
+    }
+    await harness.poll()
+    for one in watched.values():
+        members = harness.simulator.truth(one.workspace)["members"]
+        leavers = [{"op": "member_leave", "user_id": m["user_id"]} for m in members[20:]]
+        harness.simulator.mutate(one.workspace, *leavers)
+    await harness.poll()
+    relations = [
+        row["name"]
+        for row in await harness.rows(
+            "SELECT relname AS name FROM pg_class WHERE relnamespace = 'rollcall'::regnamespace"
+            " AND relkind IN ('r', 'v', 'm', 'p')"
+        )
+        if row["name"] not in TENANTLESS
+    ]
+    assert {"seat_counts", "api_key_use", "deletion_holds", *BY_CONNECTOR} <= set(relations)
+    connectors = {tenant: one.id for tenant, one in watched.items()}
+    async with reading(harness) as role:
+        await harness.rows(role)
+        for tenant in ("t1", "t2", "nobody", ""):
+            await harness.rows("SELECT set_config('rollcall.tenant_id', %s, false)", [tenant])
+            for relation in relations:
+                rows = await harness.rows(sql.SQL("SELECT * FROM rollcall.{}").format(sql.Identifier(relation)))
+                key = "connector_id" if relation in BY_CONNECTOR else "tenant_id"
+                expected = {connectors[tenant] if key == "connector_id" else tenant} if tenant in watched else set()
+                assert (relation, {row[key] for row in rows}) == (relation, expected)
+
+
+class reading:  # noqa: N801 - reads as a verb where it is used
+    """A role that may read everything of the schema, for as long as the context lasts."""
+
+    def __init__(self, harness: Harness) -> None:
+        self.harness, self.role = harness, sql.Identifier(f"reader_{uuid4().hex[:8]}")
+
+    async def __aenter__(self) -> sql.Composed:
+        for statement in (
+            "CREATE ROLE {}",
+            "GRANT USAGE ON SCHEMA rollcall TO {}",
+            "GRANT SELECT ON ALL TABLES IN SCHEMA rollcall TO {}",
+        ):
+            await self.harness.rows(sql.SQL(statement).format(self.role))
+        return sql.SQL("SET ROLE {}").format(self.role)
+
+    async def __aexit__(self, *_: object) -> None:
+        for statement in ("RESET ROLE", "DROP OWNED BY {}", "DROP ROLE {}"):
+            await self.harness.rows(sql.SQL(statement).format(self.role))
+
+
+# Claims.
+
+
+async def test_two_dispatchers_claim_a_connector_once(harness: Harness) -> None:
+    """Dispatchers at once share the due connectors: each gets one run, its parts once, and one message."""
+    for n in range(30):
+        await harness.add_connector(f"w{n}", members=1, groups=0, service_accounts=0)
+    claimed = await asyncio.gather(*(harness.runtime.dispatch.due(8) for _ in range(5)))
+    sent = Counter(s.connector_id for sendings in claimed for s in sendings)
+    assert set(sent.values()) == {1}
+    runs = await harness.rows("SELECT connector_id FROM rollcall.sync_runs")
+    assert len(runs) == len({row["connector_id"] for row in runs}) == 30
+    parts = await harness.one("SELECT count(*), count(DISTINCT (connector_id, dataset, window_start)) AS n FROM rollcall.sync_parts")
+    assert parts["count"] == parts["n"] == 30 * (4 + 3 * 3)
+    assert not await harness.runtime.dispatch.due(100)
+
+
+async def test_a_part_is_claimed_once(harness: Harness) -> None:
+    """Of several that claim the same parts at once one gets each; its dataset is nobody else's meanwhile."""
+    await harness.add_connector()
+    (sending,) = await harness.runtime.dispatch.due(1)
+    ids = list(sending.lanes)
+    claims = await asyncio.gather(*(harness.runtime.ports.ledger.claim(ids) for _ in range(6)))
+    won = Counter(claim.part_id for some in claims for claim in some)
+    assert won == dict.fromkeys(ids, 1)
+    numbers = {claim.dataset: claim.number for some in claims for claim in some}
+    rows = await harness.rows("SELECT dataset, claimed FROM rollcall.connector_access")
+    assert {Dataset(row["dataset"]): row["claimed"] for row in rows} == numbers
+
+
+async def test_bulk_runs_leave_room(harness: Harness) -> None:
+    """Backfills take at most half the slots, however many are due at once; polls are not counted against them."""
+    for n in range(6):
+        await harness.add_connector(f"w{n}", members=1, groups=0, service_accounts=0)
+    await harness.rows("INSERT INTO rollcall.workers (name, role, slots) VALUES ('w', 'worker', 8)")
+    taken = await harness.runtime.dispatch.due(100)
+    assert len(taken) == 4
+    every = {row["id"] for row in await harness.rows("SELECT id FROM rollcall.connectors")}
+    assert not await harness.runtime.dispatch.more(every)
+
+
+# Transactions.
+
+
+async def test_serialization_failures_are_repeated(harness: Harness) -> None:
+    """A transaction that Postgres asks to repeat is repeated, and then counts."""
+    db, attempts = harness.runtime.db, 0
+
+    async def work(connection: Connection) -> None:
+        nonlocal attempts
+        attempts += 1
+        await connection.execute("SELECT * FROM rollcall.meta")
+        if attempts == 1:
+            await harness.rows("UPDATE rollcall.meta SET ticks = 10")
+        await connection.execute("UPDATE rollcall.meta SET ticks = ticks + 1")
+
+    await db.transaction(work, isolation="REPEATABLE READ")
+    assert attempts == 2
+    assert (await harness.one("SELECT ticks FROM rollcall.meta"))["ticks"] == 11
+
+
+async def test_repeats_are_bounded(harness: Harness) -> None:
+    """A transaction that fails so every time is given up as TryLater."""
+
+    async def work(_: Connection) -> None:
+        raise psycopg.errors.DeadlockDetected
+
+    with pytest.raises(TryLater) as later:
+        await harness.runtime.db.transaction(work)
+    assert later.value.reason == "database_contended"
+
+
+async def test_unwritable_data_is_no_outage(harness: Harness) -> None:
+    """Data that Postgres refuses is a broken contract, never an outage to wait for."""
+
+    async def work(connection: Connection) -> None:
+        await connection.execute("INSERT INTO rollcall.meta (singleton, partitions) VALUES (false, 1)")
+
+    with pytest.raises(ContractBroken) as broken:
+        await harness.runtime.db.transaction(work)
+    assert broken.value.reason == "unwritable"
+
+
+# Retention.
+
+
+async def test_nothing_is_kept_longer_than_said(harness: Harness) -> None:
+    """Finished runs with their parts, relayed announcements and removed people's names go after their time."""
+    acme = await harness.synced(members=40)
+    leaver = harness.simulator.truth("acme")["members"][-1]
+    harness.simulator.mutate("acme", {"op": "member_leave", "user_id": leaver["user_id"]})
+    await harness.poll(acme)
+    assert sum((await age_out(harness.runtime.db, run_days=14, people_days=30)).values()) == 0
+    await harness.rows("UPDATE rollcall.sync_runs SET finished_at = finished_at - interval '15 days'")
+    await harness.rows("UPDATE rollcall.announcements SET published_at = published_at - interval '15 days'")
+    await harness.rows("UPDATE rollcall.members SET removed_at = removed_at - interval '31 days'")
+    gone = await age_out(harness.runtime.db, run_days=14, people_days=30)
+    assert (gone["runs"], gone["people"]) == (2, 1)
+    assert gone["announcements"] == 4
+    assert not await harness.rows("SELECT 1 FROM rollcall.sync_parts")
+    row = await harness.one("SELECT * FROM rollcall.members WHERE user_id = %s", [leaver["user_id"]])
+    assert (row["email"], row["first_name"], row["tenant_id"]) == (None, None, "t1")
+    await harness.agree(acme)
+
+
+# Plans.
+
+
+async def fill(harness: Harness) -> list[UUID]:
+    """Some thousands of connectors with a history; return five that are due."""
+    await harness.rows(
+        """
+        INSERT INTO rollcall.connectors (tenant_id, name, base_url, sealed_key, partition, next_sync_at, status,
+                                         backfilled_at, reconciled_at, last_polled_at)
+        SELECT 't' || n %% 50, 'c' || n, 'http://127.0.0.1', 'sealed', n %% 4,
+               now() + (CASE WHEN n <= 5 THEN interval '-1 s' ELSE n * interval '1 s' END), 'connected', now(), now(),
+               now() - n * interval '1 s'
+        FROM generate_series(1, %s) n
+        """,
+        [MANY],
+    )
+    datasets = [str(d) for d in Dataset]
+    for statement in (
+        "INSERT INTO rollcall.connector_access (connector_id, dataset, version)"
+        " SELECT id, d, 1 FROM rollcall.connectors, unnest(%s::text[]) d",
+        "INSERT INTO rollcall.sync_runs (id, connector_id, tenant_id, kind, requested_by, status, finished_at)"
+        " SELECT gen_random_uuid(), id, tenant_id, 'poll', 'schedule', 'succeeded', now()"
+        " FROM rollcall.connectors, generate_series(1, 3) WHERE %s::text[] IS NOT NULL",
+        "INSERT INTO rollcall.sync_parts (id, run_id, connector_id, kind, dataset, status)"
+        " SELECT gen_random_uuid(), id, connector_id, kind, d, 'succeeded' FROM rollcall.sync_runs, unnest(%s::text[]) d",
+    ):
+        await harness.rows(statement, [datasets])
+    await harness.rows("ANALYZE")
+    due = await harness.rows("SELECT id FROM rollcall.connectors WHERE next_sync_at <= now()")
+    return [row["id"] for row in due]
+
+
+@contextmanager
+def recorded() -> Iterator[list[tuple[str, Sequence[object]]]]:
+    """Take down the statements that run meanwhile, on whatever connection."""
+    found: list[tuple[str, Sequence[object]]] = []
+    execute = psycopg.AsyncConnection.execute
+
+    async def noting(self: Any, query: Any, params: Any = None, **more: Any) -> Any:
+        if isinstance(query, str) and "rollcall." in query:
+            found.append((query, params or []))
+        return await execute(self, query, params, **more)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(psycopg.AsyncConnection, "execute", noting)
+        yield found
+
+
+def scanned(plan: dict[str, Any]) -> Iterator[str]:
+    """The tables that a plan reads from end to end."""
+    if plan["Node Type"] == "Seq Scan" and plan["Relation Name"] in BIG:
+        yield plan["Relation Name"]
+    for below in plan.get("Plans", ()):
+        yield from scanned(below)
+
+
+async def test_hot_statements_use_indexes(harness: Harness) -> None:
+    """What runs on every tick and for every part reads no big table from end to end."""
+    await fill(harness)
+    runtime = harness.runtime
+    with recorded() as statements:
+        sendings = await runtime.dispatch.due(500)
+        assert len(sendings) == 5
+        ids = [part_id for s in sendings for part_id in s.lanes]
+        claims = await runtime.ports.ledger.claim(ids)
+        assert len(claims) == len(ids)
+        await runtime.ports.ledger.published(claims[:3])
+        await runtime.ports.ledger.give_back(claims[3], "base_moved", 1.0)
+        await runtime.dispatch.more([s.connector_id for s in sendings])
+        await runtime.recovery.stalled(100)
+        await runtime.recovery.unplanned()
+    assert len(statements) >= 12
+    looked = await psycopg.AsyncConnection.connect(
+        runtime.settings.require_database().get_secret_value(), autocommit=True, row_factory=dict_row
+    )
+    try:
+        for query, params in statements:
+            if not query.lstrip().upper().startswith(("SELECT", "WITH", "INSERT", "UPDATE", "DELETE")):
+                continue
+            rows = await looked.execute("EXPLAIN (FORMAT JSON) " + query, params)  # type: ignore[arg-type] # recorded
+            row = await rows.fetchone()
+            assert row is not None
+            assert (query, list(scanned(row["QUERY PLAN"][0]["Plan"]))) == (query, [])
+    finally:
+        await looked.close()

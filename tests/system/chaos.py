@@ -1,0 +1,243 @@
+"""Chaos: tenants that change all the while, and everything that can break, breaks; then nothing may be wrong.
+
+    python -m tests.system.chaos --seed 1 --duration 60 [--json]
+
+A seed decides what breaks, when and for how long, and what changes; how it all interleaves is the machine's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+from tests.fixtures.history import check, read
+from tests.fixtures.processes import Role
+from tests.system.deployment import Deployment, deployed, wait_for
+from tests.system.faults import Fault, faults_of
+
+TENANTS: Final = 20
+POLL_S: Final = 2
+ROLES: Final[tuple[Role, ...]] = ("worker", "worker", "writer", "writer", "beat", "beat")
+SHAPE: Final = {"members": 40, "groups": 3, "service_accounts": 3, "keys_per_account": 2, "history_days": 6}
+"""Members enough that a half-empty listing of them is a large drop."""
+SETTINGS: Final = {"ROLLCALL_RECONCILE_INTERVAL_S": "15", "ROLLCALL_WORKER_SLOTS": "8"}
+KINDS: Final = (
+    "member_join", "member_leave", "member_update", "group_add", "group_update", "group_remove",
+    "service_account_add", "service_account_update", "key_add", "key_update", "key_remove",
+    "usage_add", "usage_set", "usage_scale", "volatile_tick",
+)  # fmt: skip
+"""All but what takes many records away at once: that is held on purpose, and tells what is true no more."""
+FIRST_SYNC_S: Final = 60.0
+SETTLE_S: Final = 150.0
+QUIET_S: Final = 2.0 * POLL_S
+PAUSE_S: Final = (0.1, 1.2)
+"""Between two faults."""
+LOOK_S: Final = 0.05
+
+
+@dataclass(slots=True)
+class Report:
+    """What a run did. `settle_s`: from the end of all faults until everything agreed; None: it never did."""
+
+    seed: int
+    duration_s: float
+    faults: dict[str, int] = field(default_factory=dict)
+    changes: int = 0
+    runs: dict[str, int] = field(default_factory=dict)
+    requests: int = 0
+    events: int = 0
+    observations: int = 0
+    settle_s: float | None = None
+    died: list[str] = field(default_factory=list)
+    errors: dict[str, int] = field(default_factory=dict)
+    deadlocks: int = 0
+    events_when_quiet: int = 0
+    violations: list[dict[str, str]] = field(default_factory=list)
+
+    @property
+    def good(self) -> bool:
+        """Whether every promise was kept."""
+        return self.settle_s is not None and not (self.died or self.violations or self.events_when_quiet)
+
+
+class Storm:
+    """Strikes and heals, one fault at a time on each thing, until its time is over."""
+
+    def __init__(self, deployment: Deployment, rng: random.Random) -> None:
+        self.counts: Counter[str] = Counter()
+        self.died: list[str] = []
+        self._deployment = deployment
+        self._rng = rng
+        self._random, self._planned = faults_of(deployment, rng)
+        self._healing: dict[str, tuple[float, Callable[[], None]]] = {}
+
+    def rage(self, duration_s: float) -> None:
+        """Break things for so long, then heal them all."""
+        began = time.monotonic()
+        planned = sorted((duration_s * share, n) for n, (share, _) in enumerate(self._planned))
+        following = began
+        while (now := time.monotonic()) - began < duration_s:
+            self._heal(now)
+            self._look_for_dead()
+            if planned and now - began >= planned[0][0]:
+                if self._strike(self._planned[planned[0][1]][1], now):
+                    planned.pop(0)
+            elif now >= following:
+                free = [fault for fault in self._random if fault.target not in self._healing]
+                if free:
+                    (fault,) = self._rng.choices(free, [fault.weight for fault in free])
+                    self._strike(fault, now)
+                following = time.monotonic() + self._rng.uniform(*PAUSE_S)
+            time.sleep(LOOK_S)
+        self._heal(float("inf"))
+
+    def _strike(self, fault: Fault, now: float) -> bool:
+        if fault.target in self._healing:
+            return False
+        self._healing[fault.target] = (now + self._rng.uniform(*fault.seconds), fault.strike())
+        self.counts[fault.name] += 1
+        return True
+
+    def _heal(self, now: float) -> None:
+        for target, (due, heal) in list(self._healing.items()):
+            if now >= due:
+                heal()
+                del self._healing[target]
+
+    def _look_for_dead(self) -> None:
+        for number, process in enumerate(self._deployment.processes):
+            if process.pid is None and f"process-{number}" not in self._healing:
+                self.died.append(process.log.name)
+                process.start()
+
+
+@contextmanager
+def changing(deployment: Deployment, names: list[str], seed: int) -> Any:
+    """Change workspaces all the while, on a thread; gives a counter of the changes."""
+    stop, counted = threading.Event(), Counter[str]()
+    failed: list[BaseException] = []
+
+    def run() -> None:
+        rng = random.Random(seed)  # noqa: S311 - repeatable changes, no secret
+        try:
+            while not stop.wait(rng.uniform(0.02, 0.2)):
+                size, draw = rng.randint(1, 3), rng.randrange(2**31)
+                operation = {"op": "random", "n": size, "seed": draw, "usage_days": 3, "kinds": KINDS}
+                deployment.change(rng.choice(names), operation)
+                counted["changes"] += size
+        except BaseException as error:  # noqa: BLE001 - raised again below, on the thread that waits
+            failed.append(error)
+
+    thread = threading.Thread(target=run, name="changing")
+    thread.start()
+    try:
+        yield counted
+    finally:
+        stop.set()
+        thread.join()
+    if failed:
+        raise failed[0]
+
+
+def live(folder: Path, *, seed: int, duration_s: float, tenants: int = TENANTS) -> Report:
+    """Live through a run in `folder`, where its logs stay."""
+    report = Report(seed, duration_s)
+    rng = random.Random(seed)  # noqa: S311 - a story, no secret
+    with deployed(folder, ROLES, settings=SETTINGS, seed=seed) as deployment:
+        names = [f"tenant-{n}" for n in range(tenants)]
+        early = names[: tenants // 2]
+        deployment.add(early, poll_interval_s=POLL_S, **SHAPE)
+        wait_for("the first sync", deployment.agrees, timeout_s=FIRST_SYNC_S)
+        deployment.add(names[len(early) :], poll_interval_s=POLL_S, **SHAPE)
+        storm = Storm(deployment, rng)
+        with changing(deployment, names, seed) as counted:
+            storm.rage(duration_s)
+        report.faults, report.died = dict(sorted(storm.counts.items())), storm.died
+        report.changes = counted["changes"]
+        _settle(deployment, report)
+        for process in deployment.processes:
+            if process.pid is None:
+                report.died.append(process.log.name)
+            process.stop()
+        _conclude(deployment, report)
+    return report
+
+
+def _settle(deployment: Deployment, report: Report) -> None:
+    began = time.monotonic()
+    try:
+        wait_for("agreement", deployment.agrees, timeout_s=SETTLE_S)
+    except AssertionError:
+        return
+    report.settle_s = round(time.monotonic() - began, 1)
+    deployment.reader.drain()
+    told = len(deployment.reader.said)
+    time.sleep(QUIET_S)
+    deployment.reader.drain()
+    late = read(deployment.reader.said[told:]).observations
+    report.events_when_quiet = sum(len(one.events) for told_of in late.values() for one in told_of.values())
+
+
+def _conclude(deployment: Deployment, report: Report) -> None:
+    evidence = deployment.evidence()
+    report.violations = [asdict(violation) for violation in check(evidence)]
+    observations = [one for told_of in read(evidence.said).observations.values() for one in told_of.values()]
+    report.observations, report.events = len(observations), sum(len(one.events) for one in observations)
+    for row in deployment.rows(
+        "SELECT kind || ' ' || status AS what, count(*) AS n FROM rollcall.sync_runs GROUP BY 1"
+    ):
+        report.runs[row["what"]] = row["n"]
+    report.requests = deployment.simulator.stats()["total"]
+    report.errors = dict(_errors(deployment))
+    report.deadlocks = deployment.stack.postgres.log.read_text(encoding="utf-8").count("deadlock detected")
+
+
+def _errors(deployment: Deployment) -> Counter[str]:
+    """Count the errors that processes logged, by what they say first."""
+    found: Counter[str] = Counter()
+    for process in deployment.processes:
+        for line in process.said().splitlines():
+            try:
+                said = orjson.loads(line)
+            except orjson.JSONDecodeError:
+                continue
+            if said.get("level") in {"error", "critical"}:
+                found[f"{process.role}: {str(said.get('event')).splitlines()[0][:120]}"] += 1
+    return found
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run once and print the report; 0 when every promise was kept."""
+    parser = argparse.ArgumentParser(prog="python -m tests.system.chaos", description=__doc__)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--duration", type=float, default=60.0, help="seconds of faults")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--folder", type=Path, help="keep the logs of the processes here")
+    asked = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="rollcall-chaos-") as temporary:
+        folder = asked.folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        report = live(folder, seed=asked.seed, duration_s=asked.duration)
+    if asked.json:
+        sys.stdout.write(json.dumps(asdict(report)) + "\n")
+    else:
+        for name, value in asdict(report).items():
+            sys.stdout.write(f"{name}: {value}\n")
+    return 0 if report.good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
