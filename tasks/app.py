@@ -11,7 +11,7 @@ import celery.signals
 import structlog
 from celery import Celery
 from kombu.entity import Queue
-from kombu.exceptions import ChannelError, OperationalError
+from kombu.exceptions import OperationalError
 
 from schemas.connectors import Dataset, RunKind
 from schemas.messages import MESSAGE_VERSION
@@ -163,10 +163,9 @@ def waiting_messages() -> dict[str, int]:
         with app.connection_for_write() as connection:
             connection.ensure_connection(max_retries=1, timeout=SOCKET_TIMEOUT_S)
             for name in QUEUES:
-                try:
-                    counts[name] = connection.default_channel.queue_declare(name, passive=True).message_count
-                except ChannelError:
-                    counts[name] = 0
+                # Not passive: on Redis kombu looks for a passively declared queue without the key prefix.
+                queue = app.amqp.queues[name].bind(connection.default_channel)
+                counts[name] = queue.queue_declare().message_count
     except (OperationalError, OSError) as error:
         raise TryLater("broker_unreachable", f"The broker does not answer ({type(error).__name__}).") from error
     return counts

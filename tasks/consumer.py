@@ -13,9 +13,9 @@ import structlog
 from celery import Task
 from celery.worker.consumer import Consumer
 from kombu.entity import Queue
+from kombu.exceptions import OperationalError
 
 from tasks.app import SOCKET_TIMEOUT_S, app
-from worker.errors import TryLater
 
 log = structlog.get_logger()
 
@@ -81,7 +81,7 @@ class Pulse:
     def _send(self) -> bool:
         try:
             app.send_task("rollcall.pulse", queue=self.queue, expires=PULSE_S, retry=False, ignore_result=True)
-        except (OSError, TryLater, *app.connection_for_write().recoverable_connection_errors):
+        except (OSError, OperationalError, *app.connection_for_write().recoverable_connection_errors):
             return False
         return True
 

@@ -10,6 +10,7 @@ from tasks import bridge
 from tasks.app import FETCH, app, send_sync, send_tidy, waiting_messages
 from tasks.sending import deliver
 from tasks.upkeep import trim_stream
+from worker import metrics
 from worker.stream import backlog, tick
 from worker.wiring import Runtime
 
@@ -26,22 +27,44 @@ def dispatch_due(**_message: object) -> None:
 
 
 async def _tick(runtime: Runtime) -> None:
-    dispatch, recovery = runtime.dispatch, runtime.recovery
-    if await recovery.redis_went_back(await tick(runtime.redis)) and (lost := await recovery.void_messages()):
-        log.warning("redis_lost_data", parts_due_again=lost)
-    logs = {n: await backlog(runtime.redis, n) for n in range(await recovery.partitions())}
-    await recovery.renew({n: found.oldest for n, found in logs.items() if found.oldest is not None})
+    await _find_lost(runtime)
+    await _look_after_streams(runtime)
+    for run_id in await runtime.recovery.unplanned():
+        await asyncio.to_thread(send_sync, run_id)
+    await _send_due(runtime)
+    for status, parts in (await runtime.recovery.open_parts()).items():
+        metrics.PARTS.labels(status).set(parts)
+    if await runtime.recovery.tidy_is_due():
+        await asyncio.to_thread(send_tidy)
+
+
+async def _find_lost(runtime: Runtime) -> None:
+    """Make due again what a lost Redis or silent workers had in hand; give up what kills whoever asks for it."""
+    recovery = runtime.recovery
+    lost = await recovery.bury()
+    if await recovery.redis_went_back(await tick(runtime.redis)):
+        lost += await recovery.void_messages()
+    if lost:
+        log.warning("parts_lost", parts_due_again=lost)
+    if exhausted := await recovery.give_up(runtime.settings.part_attempts):
+        log.error("parts_given_up", parts=exhausted)
+
+
+async def _look_after_streams(runtime: Runtime) -> None:
+    """Keep the leases of what only waits for the writer, and trim what grew long."""
+    logs = {n: await backlog(runtime.redis, n) for n in range(await runtime.recovery.partitions())}
+    await runtime.recovery.renew({n: found.oldest for n, found in logs.items() if found.oldest is not None})
     for partition, found in logs.items():
         if found.entries > runtime.settings.stream_ceiling_entries // 2:
             await trim_stream(runtime, partition)
-    if exhausted := await recovery.give_up(runtime.settings.part_attempts):
-        log.error("parts_given_up", parts=exhausted)
-    for run_id in await recovery.unplanned():
-        await asyncio.to_thread(send_sync, run_id)
+
+
+async def _send_due(runtime: Runtime) -> None:
+    """Send what stalled, then what is due, no more than the queues have room for."""
+    recovery, dispatch = runtime.recovery, runtime.dispatch
     waiting = await asyncio.to_thread(waiting_messages)
-    lost = await recovery.bury() + (0 if any(waiting.values()) else await recovery.void_unclaimed())
-    if lost:
-        log.warning("parts_lost", parts_due_again=lost)
+    if not any(waiting.values()) and (lost := await recovery.void_unclaimed()):
+        log.warning("messages_lost", parts_due_again=lost)
     room = await recovery.slots() * MESSAGES_PER_SLOT - waiting[FETCH]
     if room > 0:
         stalled = await recovery.stalled(room)
@@ -49,5 +72,3 @@ async def _tick(runtime: Runtime) -> None:
         room -= len(stalled)
     if room > 0:
         await deliver(dispatch, await dispatch.due(min(room, runtime.settings.dispatch_batch)))
-    if await recovery.tidy_is_due():
-        await asyncio.to_thread(send_tidy)

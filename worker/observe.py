@@ -173,10 +173,10 @@ async def _lane(claims: Sequence[Claim], heads: Mapping[Dataset, Head], ports: P
 async def _observe_one(claim: Claim, head: Head, ports: Ports) -> Result:
     settled = settled_before(claim.as_of, ports.calendar)
     try:
-        asked = await ports.provider.converse(
-            claim.target,
-            ask(claim.dataset, claim.window, now=claim.began, cost_since=claim.target.cost_since),
-        )
+        question = ask(claim.dataset, claim.window, now=claim.began, cost_since=claim.target.cost_since)
+        with metrics.REQUEST_SECONDS.labels(claim.dataset).time():
+            asked = await ports.provider.converse(claim.target, question)
+        metrics.REQUESTS.labels(claim.dataset, asked.verdict.finding).inc()
         if not asked.verdict.ok:
             return Failure(claim, await _confirmed(claim, asked.verdict, ports))
         if asked.cost_since is not None and asked.cost_since != claim.target.cost_since:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from pydantic import SecretStr
@@ -18,9 +18,22 @@ SOCKET_TIMEOUT_S = 5.0
 MAX_CONNECTIONS = 200
 
 
+class _Closed:
+    """Names a lost connection as one: then redis-py makes another and tries again.
+
+    On uvloop, writing to what the server has reset is a RuntimeError (seen in the wild: MagicStack/uvloop#506).
+    """
+
+    async def send_packed_command(self, command: bytes | str | Iterable[bytes], check_health: bool = True) -> None:
+        try:
+            await super().send_packed_command(command, check_health)  # type: ignore[misc] # of the class it is mixed into
+        except RuntimeError as error:
+            raise ConnectionError("The connection was closed.") from error
+
+
 def client(url: SecretStr) -> Redis:
     """Make a client; it connects when first used. Whoever makes it closes it (`aclose`)."""
-    return Redis.from_url(
+    redis = Redis.from_url(
         url.get_secret_value(),
         socket_timeout=SOCKET_TIMEOUT_S,
         socket_connect_timeout=SOCKET_TIMEOUT_S,
@@ -29,6 +42,9 @@ def client(url: SecretStr) -> Redis:
         max_connections=MAX_CONNECTIONS,
         retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries=2),
     )
+    pool = redis.connection_pool
+    pool.connection_class = type("Connection", (_Closed, pool.connection_class), {})
+    return redis
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from tests.bench import observing, scaling, steady, sync, visible, writing
 from tests.bench.case import Case
 from tests.bench.report import show
 from tests.bench.runner import Plan, run
+from worker import logs
 
 CASES: Sequence[Case] = (
     sync.SYNC,
@@ -29,6 +30,8 @@ CASES: Sequence[Case] = (
     scaling.MEMBERS,
 )
 ROUNDS = 3
+WIDTH = 160
+"""Of reports that go to a file or a pipe."""
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -66,7 +69,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         anew=asked.fresh,
     )
     signal.signal(signal.SIGTERM, _interrupt)
+    logs.configure("auto", "WARNING", process="bench")
     console = Console()
+    if not console.is_terminal:
+        console.width = WIDTH
     progress = Progress(
         SpinnerColumn(),
         BarColumn(),
@@ -90,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 130
     with (plan.out / "report.txt").open("w", encoding="utf-8") as file:
         for result in results:
-            show(result, Console(file=file, width=200))
+            show(result, Console(file=file, width=WIDTH))
     console.print(f"\nresults: {plan.out / 'results.json'}, {plan.out / 'report.txt'}")
     return 1 if any(result["error"] for result in results) else 0
 

@@ -20,6 +20,7 @@ import uvloop
 
 from tests.bench.stage import WrongResultError
 from tests.bench.watch import Watch
+from worker import logs
 
 LIMIT_S = 1800.0
 ROOT = Path(__file__).resolve().parents[2]
@@ -72,6 +73,7 @@ async def _go() -> None:
 
 
 def _main(target: str) -> None:
+    logs.configure("auto", "WARNING", process="bench")
     module, _, name = target.partition(":")
     function = getattr(import_module(module), name)
     figures = uvloop.run(function(json.loads(sys.stdin.readline()), _go))

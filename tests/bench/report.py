@@ -58,7 +58,7 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     if not figures:
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("figure: median (min - max)")
+    table.add_column("figure: median (min - max)", no_wrap=True)
     for side in figures:
         table.add_column(side, justify="right")
     for side, floor in result["against"].items():

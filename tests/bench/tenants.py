@@ -42,8 +42,8 @@ class Shape:
     groups: int = 3
     service_accounts: int = 4
     keys_per_account: int = 5
-    products: int = 4
-    usage_rows_per_day: int = 4
+    products: int = 1
+    usage_rows_per_day: int = 3
 
     def workspace(self) -> dict[str, Any]:
         """Give the simulator's words for one workspace."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -212,14 +212,14 @@ def _product(stage: Stage, what: str, size: Size) -> Sample:
             for phase in PHASES:
                 version = 1 if phase == "fresh" else 2
                 stage.note(f"writer alone: {what}, {phase}")
-                with _held(place, made.partitions):
+                with ExitStack() as held:
+                    held.enter_context(_held(place, made.partitions))
                     made.fill(version, repeat=phase == "repeat")
-                    watch = Watch({**team.pids, **stage.servers})
-                    watch.__enter__()
-                made.await_folded(team)
-                watch.__exit__(None, None, None)
+                    with Watch({**team.pids, **stage.servers}) as seen:
+                        held.close()
+                        made.await_folded(team)
                 made.check(version)
-                sample |= _figures(what, phase, size, watch.seconds, watch)
+                sample |= _figures(what, phase, size, seen.seconds, seen)
     return sample
 
 

@@ -7,18 +7,18 @@ from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
+from uuid import UUID
 
 import redis
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, initialize, multiple, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from schemas.connectors import RunKind
-from tests.fixtures.harness import Harness, Subscriber, Watched, opened
+from tests.fixtures.harness import Harness, Subscriber, opened
 from tests.fixtures.servers import cloned_database
 from tests.fixtures.simulator import Simulator
 from worker.dev.stack import EmbeddedStack
-from worker.errors import TryLater
 from worker.observe import observe
 from worker.plan import Sending
 from worker.ports import Claim, Quiet
@@ -30,7 +30,7 @@ T = TypeVar("T")
 
 PROFILE = settings(
     max_examples=30,
-    stateful_step_count=30,
+    stateful_step_count=50,
     deadline=None,
     derandomize=True,
     database=None,
@@ -46,6 +46,7 @@ TINY = {
 }
 NAMES = ("acme", "globex")
 STORMS = ("s503", "rate429", "html403", "empty", "conflict409", "reset", "forbidden")
+MISHAPS = ("late message", "broken leases", "flush", "copy", "put back")
 RUNS_OF_A_HOLD = 4
 """A hold that has just begun is over after so many polls."""
 
@@ -81,9 +82,6 @@ class Unacknowledged(RedisJournal):
 class Machine(RuleBasedStateMachine):
     """Two connectors of two tenants, everything that befalls them, and a subscriber of each."""
 
-    messages = Bundle("messages")
-    copies = Bundle("copies")
-
     def __init__(self, stack: EmbeddedStack, template: str, simulator: Simulator) -> None:
         super().__init__()
         self.runner = asyncio.Runner()
@@ -95,19 +93,21 @@ class Machine(RuleBasedStateMachine):
         entering = opened(database_url, redis_url, simulator, backfill_days=8, window_days=4)
         self.harness: Harness = self.run(self.stack.enter_async_context(entering))
         self.subscribers: list[Subscriber] = []
+        self.delivered: list[Sending] = []
+        self.copies: list[dict[bytes, bytes]] = []
+        # What a rule's condition looks at must follow from the steps alone, not from what the servers did.
+        self.started = self.unwritten = self.unread = False
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         return self.runner.run(work)
 
-    @property
-    def watched(self) -> list[Watched]:
-        return [subscriber.watched for subscriber in self.subscribers]
-
-    @initialize()
-    def add(self) -> None:
+    @initialize(synced=st.booleans())
+    def add(self, synced: bool) -> None:
         for name in NAMES:
             watched = self.run(self.harness.add_connector(name, tenant=f"t_{name}", **TINY))
             self.subscribers.append(Subscriber(self.harness, watched))
+        if synced:
+            self.run(self.harness.poll())
 
     # The provider.
 
@@ -115,56 +115,73 @@ class Machine(RuleBasedStateMachine):
     def change(self, name: str, seed: int, n: int) -> None:
         self.harness.simulator.mutate(name, {"op": "random", "n": n, "seed": seed, "usage_days": 2})
 
-    @rule(name=st.sampled_from(NAMES), kind=st.sampled_from(STORMS), times=st.integers(1, 6))
-    def storm(self, name: str, kind: str, times: int) -> None:
-        self.harness.simulator.faults(name, {"kind": kind, "times": times, "probability": 0.5})
+    @rule(name=st.sampled_from(NAMES), kind=st.sampled_from(STORMS), times=st.integers(1, 6), after=st.integers(0, 9))
+    def storm(self, name: str, kind: str, times: int, after: int) -> None:
+        self.harness.simulator.faults(name, {"kind": kind, "times": times, "after": after})
 
     # The flow.
 
     @rule(kind=st.sampled_from([RunKind.POLL, RunKind.POLL, RunKind.RECONCILE, RunKind.BACKFILL]))
-    def become_due(self, kind: RunKind) -> None:
+    def start(self, kind: RunKind) -> None:
         self.run(self.harness.make_due(kind=kind))
+        self.run(self.harness.tick())
+        self.started = True
 
-    @rule(target=messages)
-    def tick(self) -> Any:
-        with suppress(TryLater):
-            self.run(self.harness.tick())
-        return self._sent()
+    @precondition(lambda self: self.started)
+    @rule(place=st.integers(0, 5))
+    def deliver(self, place: int) -> None:
+        for message in self._taken(place):
+            self.run(self.harness.deliver(message))
 
-    def _sent(self) -> Any:
-        """Hand out what was sent: from now on the test decides whether and how often it arrives."""
-        sent = list(self.harness.messages)
-        self.harness.messages.clear()
-        return multiple(*sent)
-
-    @rule(target=messages, message=messages)
-    def deliver(self, message: Sending) -> Any:
-        self.run(self.harness.deliver(message))
-        return self._sent()
-
-    @rule(message=messages)
-    def deliver_twice_at_once(self, message: Sending) -> None:
-        async def both() -> None:
+    @precondition(lambda self: self.started)
+    @rule(place=st.integers(0, 5))
+    def deliver_twice_at_once(self, place: int) -> None:
+        async def both(message: Sending) -> None:
             ports = self.harness.runtime.ports
             await asyncio.gather(*(observe(list(message.lanes), ports) for _ in range(2)))
 
-        self.run(both())
+        for message in self._taken(place):
+            self.run(both(message))
 
-    @rule(message=messages)
-    def kill_fetcher_after_claim(self, message: Sending) -> None:
-        self.run(self.harness.runtime.ports.ledger.claim(list(message.lanes)))
+    def _taken(self, place: int) -> list[Sending]:
+        """Take a message from the broker, in any order, if there is one."""
+        self.unwritten = self.unread = True
+        messages = self.harness.messages
+        if not messages:
+            return []
+        messages.rotate(place)
+        self.delivered.append(messages.popleft())
+        return self.delivered[-1:]
 
-    @rule(message=messages)
-    def kill_fetcher_after_publishing(self, message: Sending) -> None:
-        ports = replace(self.harness.runtime.ports, ledger=Doomed(self.harness.runtime.ports.ledger))
-        with suppress(Killed):
-            self.run(observe(list(message.lanes), ports))
-
-    @rule(target=messages)
-    def write(self) -> Any:
+    @precondition(lambda self: self.unwritten)
+    @rule()
+    def write(self) -> None:
         self.run(self.harness.write())
-        return self._sent()
+        self.unwritten = False
 
+    @precondition(lambda self: self.unread)
+    @rule()
+    def subscribers_read(self) -> None:
+        self.unread = False
+        for subscriber in self.subscribers:
+            self.run(subscriber.read())
+
+    # What goes wrong.
+
+    @precondition(lambda self: self.started)
+    @rule(place=st.integers(0, 5), published=st.booleans())
+    def kill_fetcher(self, place: int, published: bool) -> None:
+        ports = self.harness.runtime.ports
+        doomed = replace(ports, ledger=Doomed(ports.ledger))
+        for message in self._taken(place):
+            parts = list(message.lanes)
+            with suppress(Killed):
+                self.run(observe(parts, doomed) if published else self._claim(parts))
+
+    async def _claim(self, parts: Sequence[UUID]) -> None:
+        await self.harness.runtime.ports.ledger.claim(parts)
+
+    @precondition(lambda self: self.unwritten)
     @rule(count=st.integers(1, 3))
     def kill_writer(self, count: int) -> None:
         harness = self.harness
@@ -173,28 +190,19 @@ class Machine(RuleBasedStateMachine):
             with suppress(Killed):
                 self.run(fold(journal, PgBooks(harness.books_connection), count=count, block_ms=None, turn=Turn()))
 
-    @rule()
-    def subscribers_read(self) -> None:
-        for subscriber in self.subscribers:
-            self.run(subscriber.read())
-
-    # What goes wrong.
-
-    @rule()
-    def break_leases(self) -> None:
-        self.run(self.harness.break_leases())
-
-    @rule()
-    def flush_redis(self) -> None:
-        self.run(self.harness.runtime.redis.flushall())
-
-    @rule(target=copies)
-    def copy_redis(self) -> Any:
-        return self.run(self.harness.copy_redis())
-
-    @rule(copy=copies)
-    def put_redis_back(self, copy: dict[bytes, bytes]) -> None:
-        self.run(self.harness.put_back(copy))
+    @rule(what=st.sampled_from(MISHAPS), place=st.integers(0, 5))
+    def mishap(self, what: str, place: int) -> None:
+        harness = self.harness
+        if what == "late message" and self.delivered:
+            self.run(harness.deliver(self.delivered[-1 - place % len(self.delivered)]))
+        elif what == "broken leases":
+            self.run(harness.break_leases())
+        elif what == "flush":
+            self.run(harness.runtime.redis.flushall())
+        elif what == "copy":
+            self.copies.append(self.run(harness.copy_redis()))
+        elif what == "put back" and self.copies:
+            self.run(harness.put_back(self.copies[-1 - place % len(self.copies)]))
 
     # The end.
 
@@ -215,6 +223,8 @@ class Machine(RuleBasedStateMachine):
         await harness.settle()
         for _ in range(RUNS_OF_A_HOLD):
             await harness.poll()
+            if not await harness.rows("SELECT 1 FROM rollcall.deletion_holds WHERE state IN ('open', 'released')"):
+                break
         runs = await harness.poll(kind=RunKind.RECONCILE)
         assert {(run["kind"], run["status"]) for run in runs} == {("reconcile", "succeeded")}
         assert not await harness.runtime.redis.xlen(DEAD_LETTERS)

@@ -189,6 +189,9 @@ def _settle(deployment: Deployment, report: Report) -> None:
     deployment.reader.drain()
     late = read(deployment.reader.said[told:]).observations
     report.events_when_quiet = sum(len(one.events) for told_of in late.values() for one in told_of.values())
+    for told_of in late.values():
+        for one in told_of.values():
+            for e in one.events: sys.stderr.write(f"QUIET {one.connector} {one.base} {one.sequence} {e}\n"[:1500])
 
 
 def _conclude(deployment: Deployment, report: Report) -> None:

@@ -32,7 +32,8 @@ from worker.vault import Vault
 from worker.wiring import runtime
 
 PARTITIONS: Final = 4
-BACKFILL_DAYS: Final = 10
+BACKFILL_DAYS: Final = 30
+"""As many as a reconcile asks for, so that it finds no day that was never asked for."""
 LOOK_S: Final = 0.1
 SETTINGS: Final = {
     "ROLLCALL_API_HOSTS": "127.0.0.1",

@@ -241,3 +241,55 @@ def test_the_licence_is_whole() -> None:
 def test_scripts_can_be_run() -> None:
     """What is started by its name is executable."""
     assert all(os.access(ROOT / script, os.X_OK) for script in (".ci/run", "deploy/make-secrets"))
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path) -> Path:
+    """A folder with a space in its path and nothing but the Makefile and the project file."""
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    for name in ("Makefile", "pyproject.toml"):
+        (folder / name).write_bytes((ROOT / name).read_bytes())
+    return folder
+
+
+def make(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["make", "--no-print-directory", *arguments]
+    environment = {"PATH": os.environ["PATH"]}  # a make around this test would hand down its variables
+    return subprocess.run(command, cwd=folder, env=environment, check=False, capture_output=True, text=True)
+
+
+def test_every_target_is_listed_and_knows_its_options(elsewhere: Path) -> None:
+    """`make` lists the targets, each can be planned in a path with spaces, and options reach the commands."""
+    listed = {line.split()[0] for line in make(elsewhere).stdout.splitlines()}
+    assert listed == {"help", "demo", "test", "lint", "bench", "chaos", "publish", "clean"}
+    for target in listed:
+        assert make(elsewhere, "--dry-run", target, "VENV=an other/venv").returncode == 0
+    assert make(elsewhere, "--dry-run", "demo", "KEEP=1").stdout.endswith('".venv/bin"/rollcall demo --keep\n')
+    assert make(elsewhere, "--dry-run", "bench", "CASE=sync").stdout.endswith("-m tests.bench sync\n")
+    chaos = make(elsewhere, "--dry-run", "chaos", "SEED=7", "DURATION=60").stdout
+    assert chaos.endswith('-m tests.system.chaos --seed "7" --duration "60"\n')
+
+
+def test_without_a_fit_python_make_says_what_to_do(elsewhere: Path) -> None:
+    """When no candidate is a Python of 3.11 or newer, nothing is made and the message names what is needed."""
+    old = elsewhere / "old-python"
+    old.write_text("#!/bin/sh\nexit 1\n")
+    old.chmod(0o755)
+    result = make(elsewhere, "demo", "PYTHONS=no-such-python ./old-python")
+    assert result.returncode != 0
+    assert "Python 3.11 or newer" in result.stderr
+    assert not (elsewhere / ".venv").exists()
+
+
+def test_what_is_installed_is_not_installed_again(elsewhere: Path) -> None:
+    """A stamp of this project file and this folder makes a second run quick; of another one it counts for nothing."""
+    (elsewhere / ".venv/bin").mkdir(parents=True)
+    (elsewhere / ".venv/bin/python").symlink_to("/bin/true")
+    (elsewhere / ".venv/bin/rollcall").symlink_to("/bin/true")
+    cksum = subprocess.run(["/bin/sh", "-c", "cksum < pyproject.toml"], cwd=elsewhere, capture_output=True, check=True)
+    stamp = elsewhere / ".venv/.rollcall-base"
+    stamp.write_text(f"{cksum.stdout.decode().strip()} {elsewhere}\n")
+    assert make(elsewhere, "demo", "PYTHONS=no-such-python").returncode == 0
+    stamp.write_text(f"{cksum.stdout.decode().strip()} /elsewhere\n")
+    assert make(elsewhere, "demo", "PYTHONS=no-such-python").returncode != 0

@@ -53,7 +53,7 @@ def sync(
     elif not wait:
         say(f"Asked for: {kind} {run['id']}. Watch it: rollcall runs {run['connector_id']}")
     else:
-        say(f"The {run['kind']} {run['status']}: {run['parts_done']} of {run['parts_total']} parts.")
+        say(f"{run['kind'].capitalize()} {run['status']}: {run['parts_done']} of {run['parts_total']} parts.")
     if wait:
         _judge(run)
 

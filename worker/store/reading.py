@@ -14,8 +14,9 @@ _CONNECTOR: Final = """
 """
 _RUN: Final = """
     r.id, r.connector_id, r.tenant_id, c.name AS connector, r.kind, r.requested_by, r.status, r.parts_total,
-    (SELECT count(*) FROM rollcall.sync_parts p WHERE p.run_id = r.id AND p.status IN ('succeeded', 'skipped'))
-        AS parts_now,
+    CASE WHEN r.finished_at IS NOT NULL THEN r.parts_done ELSE
+        (SELECT count(*) FROM rollcall.sync_parts p WHERE p.run_id = r.id AND p.status IN ('succeeded', 'skipped'))
+    END AS parts_now,
     r.parts_done, r.parts_failed, r.created_at, r.started_at, r.finished_at, r.error_reason, r.warnings
 """
 

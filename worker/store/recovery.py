@@ -30,6 +30,18 @@ class Recovery:
         """Read how many streams there are."""
         return int(await self._one("SELECT partitions FROM rollcall.meta"))
 
+    async def open_parts(self) -> dict[str, int]:
+        """Count the unfinished parts by status."""
+
+        async def work(connection: Connection) -> dict[str, int]:
+            rows = await connection.execute(
+                "SELECT status, count(*) AS n FROM rollcall.sync_parts"
+                " WHERE status IN ('queued', 'running', 'waiting') GROUP BY status"
+            )
+            return {"queued": 0, "running": 0, "waiting": 0} | {row["status"]: row["n"] async for row in rows}
+
+        return await self._db.transaction(work)
+
     async def slots(self) -> int:
         """Count the slots of living workers; at least one, so that a tick always moves something."""
         return int(
@@ -121,27 +133,37 @@ class Recovery:
         )
 
     async def renew(self, unapplied: Mapping[int, datetime]) -> None:
-        """Keep the leases of published parts whose entry may still wait for the writer: slow is not lost."""
+        """Keep the leases of published parts whose entry may still wait for the writer: slow is not lost.
+
+        What somebody is working on right now needs no renewal, so nobody is waited for.
+        """
         if not unapplied:
             return
         await self._one(
             """
             WITH n AS (SELECT * FROM unnest(%s::int[], %s::timestamptz[]) AS n (partition, oldest)),
-            kept AS (
-                UPDATE rollcall.sync_parts p SET lease_until = now() + %s
-                FROM rollcall.connectors c JOIN n ON n.partition = c.partition
-                WHERE c.id = p.connector_id AND p.status = 'running' AND p.published_at > n.oldest - %s::interval
-                RETURNING p.connector_id, p.dataset, p.claimed
+            free AS (
+                SELECT p.id, a.connector_id, a.dataset FROM rollcall.sync_parts p
+                JOIN rollcall.connectors c ON c.id = p.connector_id
+                JOIN n ON n.partition = c.partition
+                JOIN rollcall.connector_access a
+                     ON a.connector_id = p.connector_id AND a.dataset = p.dataset AND a.claimed = p.claimed
+                WHERE p.status = 'running' AND p.published_at > n.oldest - %s::interval
+                ORDER BY a.connector_id, a.dataset FOR NO KEY UPDATE OF a SKIP LOCKED
+            ), kept AS (
+                UPDATE rollcall.sync_parts p SET lease_until = now() + %s FROM free
+                WHERE p.id = free.id AND p.status = 'running'
+                RETURNING free.connector_id, free.dataset
             ), leases AS (
                 UPDATE rollcall.connector_access a SET lease_until = now() + %s FROM kept
-                WHERE a.connector_id = kept.connector_id AND a.dataset = kept.dataset AND a.claimed = kept.claimed
+                WHERE a.connector_id = kept.connector_id AND a.dataset = kept.dataset
             )
             SELECT count(*) FROM kept
             """,
             list(unapplied),
             list(unapplied.values()),
-            SENT_LEASE,
             CLOCKS_APART,
+            SENT_LEASE,
             SENT_LEASE,
         )
 
