@@ -174,7 +174,7 @@ async def _observe_one(claim: Claim, head: Head, ports: Ports) -> Result:
     settled = settled_before(claim.as_of, ports.calendar)
     try:
         question = ask(claim.dataset, claim.window, now=claim.began, cost_since=claim.target.cost_since)
-        with metrics.REQUEST_SECONDS.labels(claim.dataset).time():
+        with metrics.REQUEST_SECONDS.time():
             asked = await ports.provider.converse(claim.target, question)
         metrics.REQUESTS.labels(claim.dataset, asked.verdict.finding).inc()
         if not asked.verdict.ok:

@@ -218,7 +218,8 @@ async def _reached(redis: Redis, key: str, group: dict[str, Any]) -> tuple[int, 
     """Give the id before which a group needs nothing any more."""
     if group["pending"]:
         pending = await redis.xpending(key, _text(group["name"]))
-        return _id(pending["min"])
+        if pending["min"]:  # else all of it was acknowledged meanwhile
+            return _id(pending["min"])
     milliseconds, sequence = _id(group["last-delivered-id"])
     return milliseconds, sequence + 1
 

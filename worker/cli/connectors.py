@@ -17,8 +17,8 @@ from worker import connectors as recipe
 from worker.cli.finding import command_settings
 from worker.cli.opening import opened_database, opened_redis, opened_runtime
 from worker.cli.printing import AsJson, Column, Yes, ago, confirm, note, print_fields, print_json, print_rows, say
-from worker.cli.redis_reading import DeadLetters
 from worker.connectors import Connector, NewConnector, Ports, Traces
+from worker.deadletters import DeadLetters
 from worker.errors import Refused
 from worker.permissions import Checked
 from worker.settings import Settings
