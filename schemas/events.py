@@ -99,6 +99,14 @@ class RemovalsAnnouncement(_Open):
     reason: str | None = None
 
 
+class ReplayAnnouncement(_Open):
+    """`data` of `replay.completed`; subject `replay/<dataset>`. `version` is the one to go on from."""
+
+    dataset: str
+    version: int
+    records: int
+
+
 class CloudEvent(_Open):
     """One event. `id` is `<subject>@<sequence>` (an announcement's: its row id), stable over repeats."""
 

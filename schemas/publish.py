@@ -19,6 +19,7 @@ from schemas.events import (
     Op,
     RecordChange,
     RemovalsAnnouncement,
+    ReplayAnnouncement,
     SyncAnnouncement,
     UsageDayChange,
     event_type,
@@ -49,7 +50,7 @@ MESSAGES: Final[Mapping[str, type[BaseModel]]] = {
     "sync_connector": SyncConnector,
     "fetch": Fetch,
 }
-ANNOUNCEMENTS: Final[Mapping[str, type[BaseModel] | None]] = {
+ANNOUNCEMENTS: Final[Mapping[str, type[BaseModel]]] = {
     **dict.fromkeys(
         (
             f"connector.{what}"
@@ -59,10 +60,10 @@ ANNOUNCEMENTS: Final[Mapping[str, type[BaseModel] | None]] = {
     ),
     **dict.fromkeys((f"sync.{what}" for what in ("started", "completed", "failed")), SyncAnnouncement),
     **dict.fromkeys((f"removals.{what}" for what in ("held", "released", "rejected")), RemovalsAnnouncement),
-    "replay.completed": None,
+    "replay.completed": ReplayAnnouncement,
     "stream.reset": ResetAnnouncement,
 }
-"""The `data` of each announcement by its short type; None is an object of no fixed shape."""
+"""The `data` of each announcement by its short type."""
 OF_CONNECTORS: Final = frozenset({"tenantid", "connectorid", "partitionkey", "sequence", "correlationid"})
 """Attributes that the event of a whole stream, `stream.reset`, has not."""
 
@@ -82,13 +83,13 @@ def _fact(kind: str) -> tuple[str, type[BaseModel]]:
     return what, _event(what, create_model(f"{record.__name__}Change", __base__=RecordChange, **fields))
 
 
-def _event(what: str, data: type[BaseModel] | None) -> type[BaseModel]:
+def _event(what: str, data: type[BaseModel]) -> type[BaseModel]:
     # The two constants, which a reader may do without, are always written: here they are required.
     fields: dict[str, Any] = {
         "specversion": (Literal["1.0"], ...),
         "datacontenttype": (Literal["application/json"], ...),
         "type": (Literal.__getitem__(event_type(what)), ...),
-        "data": (data or dict[str, Any], ...),
+        "data": (data, ...),
     }
     base: type[BaseModel] = CloudEvent
     if data is ResetAnnouncement:

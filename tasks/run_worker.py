@@ -7,6 +7,7 @@ import socket
 import threading
 import warnings
 
+import celery.apps.worker
 from celery.exceptions import SecurityWarning
 from celery.signals import worker_shutting_down
 
@@ -25,6 +26,8 @@ def main(settings: Settings) -> int:
     app = configure(settings)
     # Celery warns of root because of pickle; we take JSON only, and whoever runs us as root knows.
     warnings.simplefilter("ignore", SecurityWarning)
+    # It writes past the log to standard output, which may be a pipe of JSON lines.
+    celery.apps.worker.safe_say = lambda *_: None
     server = metrics.serve(settings.metrics_port, settings.metrics_host) if settings.metrics_port else None
     here = Bridge(settings, role="worker", slots=settings.worker_slots)
     here.open()

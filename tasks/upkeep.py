@@ -1,4 +1,4 @@
-"""Upkeep: streams trimmed behind the slowest group, old rows aged out."""
+"""Upkeep: streams trimmed behind the slowest group, old rows aged out, late traces of deleted connectors erased."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ import structlog
 
 from tasks import bridge
 from tasks.app import app
-from worker.store.upkeep import age_out
+from worker.deadletters import DeadLetters
+from worker.store.upkeep import age_out, deleted_lately
 from worker.stream import trim
 from worker.wiring import Runtime
 
@@ -25,9 +26,18 @@ def tidy(**_message: object) -> None:
         gone = await age_out(
             runtime.db, run_days=settings.run_retention_days, people_days=settings.people_retention_days
         )
+        await forget_deleted(runtime)
         log.info("tidied", **gone)
 
     bridge.run("upkeep_tidy", work, deadline_s=DEADLINE_S)
+
+
+async def forget_deleted(runtime: Runtime) -> None:
+    """Forget in Redis what a task under way wrote of connectors after they were deleted."""
+    if deleted := await deleted_lately(runtime.db):
+        for partition, connector_id in deleted:
+            await runtime.snapshots.forget(partition, connector_id)
+        await DeadLetters(runtime.redis).drop_of([connector_id for _, connector_id in deleted])
 
 
 async def trim_stream(runtime: Runtime, partition: int) -> None:

@@ -70,17 +70,7 @@ def batches(
 ) -> list[Entry]:
     """Write an observation as adjacent entries of at most 500 events; at least one, which completes the part."""
     cid, number = str(connector_id), padded(sequence)
-    common = {
-        "specversion": "1.0",
-        "source": source_of(tenant_id, cid),
-        "time": timestamp(began),
-        "datacontenttype": "application/json",
-        "tenantid": tenant_id,
-        "connectorid": cid,
-        "partitionkey": cid,
-        "sequence": number,
-        "correlationid": str(report.run_id),
-    }
+    common = envelope(tenant_id, cid, sequence=sequence, at=began, run_id=report.run_id)
     head = {
         b"connector": cid.encode(),
         b"dataset": dataset.encode(),
@@ -103,6 +93,21 @@ def batches(
         Entry({b"ce": orjson.dumps(piece), **head, **(last if n == len(pieces) - 1 else {})})
         for n, piece in enumerate(pieces)
     ]
+
+
+def envelope(tenant_id: str, connector_id: str, *, sequence: int, at: datetime, run_id: UUID) -> dict[str, Any]:
+    """Give what all events of an observation have in common."""
+    return {
+        "specversion": "1.0",
+        "source": source_of(tenant_id, connector_id),
+        "time": timestamp(at),
+        "datacontenttype": "application/json",
+        "tenantid": tenant_id,
+        "connectorid": connector_id,
+        "partitionkey": connector_id,
+        "sequence": padded(sequence),
+        "correlationid": str(run_id),
+    }
 
 
 def event_data(change: Change) -> dict[str, Any]:

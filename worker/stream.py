@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeAlias
 from uuid import uuid4
 
 import orjson
@@ -15,6 +15,7 @@ from redis.exceptions import ResponseError
 from schemas.events import event_type, timestamp
 from worker import metrics
 from worker.entries import Entry
+from worker.errors import Refused
 from worker.redis import answering
 from worker.snapshots import stream_key
 
@@ -22,6 +23,8 @@ GROUP = "writer"
 DEAD_LETTERS = "rollcall:deadletter"
 DEAD_LETTERS_MOST = 10_000
 START = "0"
+_Id: TypeAlias = tuple[int, int]
+"""An entry's id: milliseconds, then a number among those of the same one."""
 
 
 class RedisJournal:
@@ -96,6 +99,24 @@ def _writable(entry: Entry, **more: str) -> dict[Any, Any]:
     return {**entry.fields, **more}
 
 
+class RedisOutlet:
+    """`worker.replay.Outlet`: streams of subscribers' own; one that nobody writes to goes after `keep_s`."""
+
+    def __init__(self, redis: Redis, *, keep_s: int) -> None:
+        self._redis, self._keep_s = redis, keep_s
+
+    async def append(self, key: str, entries: Sequence[Entry]) -> None:
+        """Append entries in one step; see `worker.replay.Outlet`."""
+        with answering():
+            if _text(await self._redis.type(key)) not in {"none", "stream"}:
+                raise Refused("argument_invalid", f"The key {key!r} holds no stream: choose another")
+            async with self._redis.pipeline(transaction=True) as pipe:
+                for entry in entries:
+                    pipe.xadd(key, _writable(entry))
+                pipe.expire(key, self._keep_s)
+                await pipe.execute()
+
+
 async def ensure_group(redis: Redis, key: str, group: str) -> None:
     """Create a consumer group that reads from the very start, with its stream, unless it is there."""
     try:
@@ -165,10 +186,12 @@ async def tick(redis: Redis) -> int:
 
 
 async def trim(redis: Redis, partition: int, *, retention_s: float, ceiling_entries: int) -> list[str]:
-    """Trim a stream; return the groups that lose entries by it, after telling them with `stream.reset`.
+    """Trim a stream; return the groups that lose unread entries by it, after telling them with `stream.reset`.
 
-    What is older than the retention goes. Past half the ceiling all goes that every group has read, and if the
-    stream is still past it, all that the writer has applied. What the writer has not applied is never cut.
+    What is older than the retention goes. Past half the ceiling goes what every group has read, and while the stream
+    is still past it, what the slowest groups have not read, one group after the other, at last all that the writer
+    has applied. What the writer has not applied is never cut. A group is told once: it hears of a further loss only
+    when it had read on after the one before.
     """
     key = stream_key(partition)
     with answering():
@@ -178,22 +201,34 @@ async def trim(redis: Redis, partition: int, *, retention_s: float, ceiling_entr
         if GROUP not in reached:
             return []
         seconds, _ = await redis.time()
-        oldest = await redis.xrange(key, count=1)
-        first = _id(oldest[0][0]) if oldest else (0, 0)
-        cuts = [(int((seconds - retention_s) * 1000), 0)]
-        if length > ceiling_entries // 2:
-            cuts += [max(cuts[0], min(reached.values())), reached[GROUP]]
+        retained = (int((seconds - retention_s) * 1000), 0)
         behind: list[str] = []
-        for cut in cuts:
+        for cut in (retained, *sorted(max(retained, at) for at in reached.values())):
             until = min(cut, reached[GROUP])
-            behind = [name for name, at in reached.items() if first <= at < until]
-            length -= await redis.xtrim(key, minid=f"{until[0]}-{until[1]}", approximate=False)
+            losing = await _losing(redis, key, reached, until)
+            async with redis.pipeline(transaction=True) as pipe:
+                if losing:
+                    pipe.xadd(key, {"ce": _reset_event(partition, losing, int(seconds))})
+                pipe.xtrim(key, minid=_entry_id(until), approximate=False)
+                *_, cut_off = await pipe.execute()
+            behind += losing
+            length -= cut_off
             if length <= ceiling_entries // 2:
                 break
-        if behind:
-            await redis.xadd(key, {"ce": _reset_event(partition, behind, int(seconds))})
     metrics.STREAM_ENTRIES.labels(str(partition)).set(length)
     return behind
+
+
+async def _losing(redis: Redis, key: str, reached: Mapping[str, _Id], until: _Id) -> list[str]:
+    """Name the groups that would lose unread entries by a cut before `until`, and have not lost any where they are."""
+    about = await redis.xinfo_stream(key)
+    untouched = about["entries-added"] == about["length"]
+    first = (0, 0) if untouched or not about["first-entry"] else _id(about["first-entry"][0])
+    return [
+        name
+        for name, at in reached.items()
+        if first <= at < until and await redis.xrange(key, min=_entry_id(at), max=f"({_entry_id(until)}", count=1)
+    ]
 
 
 def _reset_event(partition: int, groups: Sequence[str], seconds: int) -> bytes:
@@ -214,7 +249,7 @@ def _reset_event(partition: int, groups: Sequence[str], seconds: int) -> bytes:
     )
 
 
-async def _reached(redis: Redis, key: str, group: dict[str, Any]) -> tuple[int, int]:
+async def _reached(redis: Redis, key: str, group: dict[str, Any]) -> _Id:
     """Give the id before which a group needs nothing any more."""
     if group["pending"]:
         pending = await redis.xpending(key, _text(group["name"]))
@@ -224,6 +259,10 @@ async def _reached(redis: Redis, key: str, group: dict[str, Any]) -> tuple[int, 
     return milliseconds, sequence + 1
 
 
-def _id(entry_id: Any) -> tuple[int, int]:
+def _id(entry_id: Any) -> _Id:
     milliseconds, _, sequence = _text(entry_id).partition("-")
     return int(milliseconds), int(sequence or 0)
+
+
+def _entry_id(at: _Id) -> str:
+    return f"{at[0]}-{at[1]}"

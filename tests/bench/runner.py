@@ -1,4 +1,4 @@
-"""Running cases: their sides in turn, round after round, each finished case kept on disk."""
+"""Running cases: their sides in turn, round after round, every measurement kept on disk."""
 
 from __future__ import annotations
 
@@ -8,22 +8,30 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import psycopg
+import redis
 
 from tests.bench.case import Case, Sample
 from tests.bench.report import summary
 from tests.bench.stage import Stage, WrongResultError, opened
+from tests.fixtures.simulator import ControlError
 
 ROOT = Path(__file__).resolve().parents[2]
 MEASURED = ("worker", "tasks", "schemas", "tests/bench", "tests/fixtures")
 
 Note = Callable[[str], None]
+Result = dict[str, Any]
+"""A case as it is kept: its samples, and what they come to."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Plan:
     """What is asked for."""
 
@@ -34,18 +42,28 @@ class Plan:
     anew: bool
     """Measure even what is on disk already."""
 
-    @property
+    @cached_property
     def identity(self) -> dict[str, Any]:
         """What a kept result must have in common with this run to stand for it."""
         return {"rounds": self.rounds, "quick": self.quick, "source": source_digest()}
 
-    def kept(self, case: Case) -> dict[str, Any] | None:
-        """Read the result of an earlier run of the same source, if it was finished."""
+    def kept(self, case: Case) -> Result:
+        """Read what an earlier run of the same source has measured, or begin with nothing."""
         path = self.out / f"{case.name}.json"
-        if self.anew or not path.exists():
-            return None
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        return found if found["identity"] == self.identity and not found["error"] else None
+        if not self.anew and path.exists():
+            found: Result = json.loads(path.read_text(encoding="utf-8"))
+            if found["identity"] == self.identity:
+                return found
+        return {
+            "case": case.name,
+            "about": case.about,
+            "against": dict(case.against),
+            "identity": self.identity,
+            "complete": False,
+            "minutes": 0.0,
+            "samples": {},
+            "load_average": [],
+        }
 
     def keep(self, name: str, result: object) -> None:
         """Write a result so that nobody ever reads half of it."""
@@ -78,8 +96,8 @@ def environment() -> dict[str, Any]:
     }
 
 
-def run(plan: Plan, *, note: Note, done: Callable[[Mapping[str, Any]], None]) -> list[Any]:
-    """Measure every case of the plan that is not kept; return all results.
+def run(plan: Plan, *, note: Note, done: Callable[[Mapping[str, Any]], None]) -> list[Result]:
+    """Measure what of the plan is not kept; return the results of all its cases.
 
     Args:
         plan: what is asked for.
@@ -88,46 +106,52 @@ def run(plan: Plan, *, note: Note, done: Callable[[Mapping[str, Any]], None]) ->
 
     """
     results = {case.name: plan.kept(case) for case in plan.cases}
-    if not all(results.values()):
-        with opened(quick=plan.quick, note=note) as stage:
-            for case in plan.cases:
-                if results[case.name] is None:
-                    results[case.name] = _measure(case, plan, stage, note=note)
-                    plan.keep(case.name, results[case.name])
-                done(results[case.name] or {})
-    else:
+    with ExitStack() as stack:
+        stage: Stage | None = None
         for case in plan.cases:
-            done(results[case.name] or {})
-    found = [results[case.name] for case in plan.cases]
+            if not results[case.name]["complete"]:
+                stage = stage or stack.enter_context(opened(quick=plan.quick, note=note))
+                results[case.name] = _measure(case, plan, stage, results[case.name], note=note)
+            done(results[case.name])
+    found = list(results.values())
     plan.keep("results", {"environment": environment(), "cases": found})
     return found
 
 
-def _measure(case: Case, plan: Plan, stage: Stage, *, note: Note) -> dict[str, Any]:
-    samples: dict[str, list[Sample]] = {}
-    loads: list[float] = []
+def _measure(case: Case, plan: Plan, stage: Stage, kept: Result, *, note: Note) -> Result:
+    """Measure a case from where it was left; what is measured is kept at once."""
+    samples: dict[str, list[Sample]] = kept["samples"]
+    loads: list[float] = kept["load_average"]
     error = ""
-    began = time.monotonic()
+    began = time.monotonic() - kept["minutes"] * 60
+
+    def keep(*, complete: bool) -> Result:
+        result = {
+            **kept,
+            "environment": environment(),
+            "complete": complete,
+            "minutes": round((time.monotonic() - began) / 60, 1),
+            "error": error,
+            "samples": samples,
+            "load_average": loads,
+            **summary(samples, case.against),
+        }
+        plan.keep(case.name, result)
+        return result
+
     try:
         note(f"{case.name}: preparing")
         with case.prepare(stage) as sides:
             for number in range(plan.rounds):
                 # Every other round goes backwards, so that a drift of the machine favours nobody.
                 for name in list(sides) if number % 2 == 0 else reversed(list(sides)):
+                    measured = samples.setdefault(name, [])
+                    if len(measured) > number:
+                        continue
                     note(f"{case.name}: {name}, round {number + 1} of {plan.rounds}")
-                    samples.setdefault(name, []).append(sides[name]())
+                    measured.append(sides[name]())
                     loads.append(os.getloadavg()[0])
-    except WrongResultError as wrong:
-        error = str(wrong)
-    return {
-        "case": case.name,
-        "about": case.about,
-        "identity": plan.identity,
-        "environment": environment(),
-        "minutes": round((time.monotonic() - began) / 60, 1),
-        "load_average": loads,
-        "error": error,
-        "samples": samples,
-        "against": dict(case.against),
-        **summary(samples, case.against),
-    }
+                    keep(complete=False)
+    except (WrongResultError, ControlError, OSError, psycopg.Error, redis.RedisError) as failed:
+        error = f"{type(failed).__name__}: {failed}"
+    return keep(complete=not error)

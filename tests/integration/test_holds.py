@@ -16,7 +16,13 @@ HELD = ("degraded", "removals_held", "release_removals")
 MEMBERS = {"path_prefix": "/v1/workspace/members"}
 GROUPS = {"path_prefix": "/v1/workspace/groups"}
 ACCOUNTS = {"path_prefix": "/v1/service-accounts"}
-MANY = {"members": 40, "groups": 12, "service_accounts": 6, "keys_per_account": 5, "usage_rows_per_day": 40}
+MANY: dict[str, Any] = {
+    "members": 40,
+    "groups": 12,
+    "service_accounts": 6,
+    "keys_per_account": 5,
+    "usage_rows_per_day": 40,
+}
 
 
 def day(back: int) -> str:
@@ -124,7 +130,7 @@ async def test_a_repeat_within_a_run_counts_once(harness: Harness) -> None:
     await harness.tick()
     for _ in range(3):
         await harness.deliver(harness.messages.popleft())
-        await harness.runtime.redis.flushall()
+        await harness.redis.flushall()
         await harness.tick()
     await harness.settle()
     (hold,) = await harness.holds(acme)
@@ -262,7 +268,7 @@ async def test_holds_survive_a_lost_redis(harness: Harness) -> None:
         (hold,) = await harness.holds(acme)
         assert (hold["state"], hold["runs"]) == ("open", count)
         assert set(gone) <= set((await harness.facts(acme)).records)
-        await harness.runtime.redis.flushall()
+        await harness.redis.flushall()
     await harness.poll(acme)
     assert (await harness.facts(acme)).records == (await harness.truth(acme)).records
 

@@ -36,7 +36,7 @@ PROFILE = settings(
     database=None,
     suppress_health_check=list(HealthCheck),
 )
-TINY = {
+TINY: dict[str, Any] = {
     "members": 14,
     "groups": 2,
     "service_accounts": 1,
@@ -186,7 +186,7 @@ class Machine(RuleBasedStateMachine):
     def kill_writer(self, count: int) -> None:
         harness = self.harness
         for partition in range(harness.partitions):
-            journal = Unacknowledged(harness.runtime.redis, partition)
+            journal = Unacknowledged(harness.redis, partition)
             with suppress(Killed):
                 self.run(fold(journal, PgBooks(harness.books_connection), count=count, block_ms=None, turn=Turn()))
 
@@ -198,7 +198,7 @@ class Machine(RuleBasedStateMachine):
         elif what == "broken leases":
             self.run(harness.break_leases())
         elif what == "flush":
-            self.run(harness.runtime.redis.flushall())
+            self.run(harness.redis.flushall())
         elif what == "copy":
             self.copies.append(self.run(harness.copy_redis()))
         elif what == "put back" and self.copies:
@@ -227,7 +227,7 @@ class Machine(RuleBasedStateMachine):
                 break
         runs = await harness.poll(kind=RunKind.RECONCILE)
         assert {(run["kind"], run["status"]) for run in runs} == {("reconcile", "succeeded")}
-        assert not await harness.runtime.redis.xlen(DEAD_LETTERS)
+        assert not await harness.redis.xlen(DEAD_LETTERS)
         for subscriber in self.subscribers:
             await subscriber.read()
             assert subscriber.state == await harness.true(subscriber.watched)
@@ -236,8 +236,11 @@ class Machine(RuleBasedStateMachine):
             assert {e["tenantid"] for e in events} == {subscriber.watched.tenant}
 
 
-def test_any_order_of_events_ends_right(
-    stack: EmbeddedStack, template_database: str, simulator: Simulator
-) -> None:
+def test_any_order_of_events_ends_right(stack: EmbeddedStack, template_database: str, simulator: Simulator) -> None:
     """Changes, storms, doubled messages, killed processes, a lost or older Redis: in the end all is equal."""
-    run_state_machine_as_test(lambda: Machine(stack, template_database, simulator), settings=PROFILE)
+
+    class Here(Machine):
+        def __init__(self) -> None:
+            super().__init__(stack, template_database, simulator)
+
+    run_state_machine_as_test(Here, settings=PROFILE)

@@ -26,7 +26,7 @@ ROLE = ("degraded", "role_or_ip", "check_role_or_ip")
 QUOTA = ("degraded", "quota", "upgrade_plan")
 KEY_INVALID = ("disconnected", "key_invalid", "reconnect")
 BLOCKED = ("disconnected", "account_blocked", "reconnect")
-TINY = {"members": 2, "groups": 0, "service_accounts": 0, "history_days": 2, "usage_rows_per_day": 2}
+TINY: dict[str, Any] = {"members": 2, "groups": 0, "service_accounts": 0, "history_days": 2, "usage_rows_per_day": 2}
 
 Expected = tuple[tuple[str, str | None, str], str | None, tuple[str, str | None, str]]
 """Health, reason of the denied dataset, and of its part status, error class and reason."""
@@ -101,7 +101,7 @@ async def moves(harness: Harness, watched: Watched) -> list[tuple[str, str | Non
 def requests(harness: Harness, workspace: str = "acme") -> int:
     """How many requests the provider got with a key of the workspace, or with an unknown one."""
     told = harness.simulator.stats()["requests"]
-    return sum(told.get(workspace, {}).values()) + sum(told.get("", {}).values())
+    return sum(n for name in (workspace, "") for n in told.get(name, {}).values())
 
 
 @pytest.mark.parametrize(("fault", "expected"), REFUSALS, ids=str)
@@ -130,7 +130,10 @@ async def test_a_refused_dataset_degrades_itself_only(
         assert {s for s in facts if s.startswith(f"{kind}/")} == {s for s in source if s.startswith(f"{kind}/")}
 
     await harness.poll(acme)
-    announced = [("connector.created", None, None), ("connector.connected", None, "pending")]
+    announced: list[tuple[str, str | None, str | None]] = [
+        ("connector.created", None, None),
+        ("connector.connected", None, "pending"),
+    ]
     if health != CONNECTED:
         announced.append((f"connector.{health[0]}", health[1], "connected"))
     assert await moves(harness, acme) == announced, "told once, however often it is met"

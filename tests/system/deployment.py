@@ -109,15 +109,16 @@ class Deployment:
         """Open a connection to the database past the proxy; the caller closes it."""
         return witness.look(self.database)
 
-    def role(self, role: Role) -> list[Process]:
-        """Give the processes of a role."""
-        return [process for process in self.processes if process.role == role]
+    def process(self, role: Role) -> Process:
+        """Give the first process of a role."""
+        return next(process for process in self.processes if process.role == role)
 
-    def agrees(self) -> bool:
-        """Tell whether the tables equal what is true, and nothing is under way that could change that."""
+    def agrees(self, *names: str) -> bool:
+        """Tell whether the tables equal what is true, of these connectors or of all."""
+        wanted = [self.connectors[name] for name in names] or self.truths
         with self.look() as connection:
             held = witness.values(connection)
-            return all(held.get(connector) == truth.now for connector, truth in self.truths.items())
+        return all(held.get(connector) == self.truths[connector].now for connector in wanted)
 
     def tables(self, name: str) -> Values:
         """Read the living rows of a connector."""
@@ -131,12 +132,11 @@ class Deployment:
             return cursor.fetchall() if cursor.description else []
 
     def evidence(self) -> Evidence:
-        """Collect all accounts. Meaningful once the processes have ended."""
-        self.reader.drain()
-        with self.look() as connection:
-            return Evidence(
+        """Collect all accounts; the tables must agree with the truth, as they do once things are quiet."""
+        with self.look() as connection, connection.transaction():
+            connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
+            found = Evidence(
                 truths=self.truths,
-                said=self.reader.said,
                 steps=witness.steps(connection),
                 writes=witness.writes(connection),
                 moves=witness.moves(connection),
@@ -144,6 +144,9 @@ class Deployment:
                 versions=witness.versions(connection),
                 announced=witness.announced(connection),
             )
+        self.reader.drain()  # after the tables: what they show was said before
+        found.said = list(self.reader.said)
+        return found
 
 
 @contextmanager
@@ -153,7 +156,7 @@ def deployed(
     *,
     settings: Mapping[str, str] = MappingProxyType({}),
     seed: int = 0,
-    stack: EmbeddedStack | None = None,
+    now: datetime | None = None,
 ) -> Iterator[Deployment]:
     """Run an installation until the context ends; nothing of it is left.
 
@@ -162,16 +165,16 @@ def deployed(
         roles: which processes to run.
         settings: of the processes, beside `SETTINGS`.
         seed: what the simulated data are derived from.
-        stack: servers that run already, with an empty database; else a stack of its own.
+        now: the provider's time, which stands still; else the present.
 
     """
     with ExitStack() as opened:
-        servers = stack or opened.enter_context(EmbeddedStack(folder / "data", ephemeral=True))
+        servers = opened.enter_context(EmbeddedStack(folder / "data", ephemeral=True))
         redis_url, database = (server.url.get_secret_value() for server in (servers.valkey, servers.postgres))
         migrate(database, partitions=PARTITIONS)
         witness.watch_commits(database)
         simulator = opened.enter_context(start_simulator(folder, seed=seed))
-        now = datetime.now(UTC)
+        now = now or datetime.now(UTC)
         simulator.clock(now.isoformat())
         redis = opened.enter_context(Proxy(servers.valkey.port))
         postgres = opened.enter_context(Proxy(servers.postgres.port))

@@ -1,4 +1,4 @@
-"""`rollcall events`: watch the change events."""
+"""`rollcall events`: watch the change events, and have datasets replayed."""
 
 from __future__ import annotations
 
@@ -6,21 +6,30 @@ import asyncio
 import re
 from collections.abc import Mapping
 from contextlib import aclosing
+from dataclasses import asdict
+from datetime import UTC, datetime
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, Final
 
 import typer
 
+from schemas.connectors import Dataset
 from schemas.events import PREFIX
+from worker.cli.connectors import Tenant, Wanted
 from worker.cli.finding import command_settings
 from worker.cli.opening import opened_database, opened_redis
-from worker.cli.printing import AsJson, print_json, say
+from worker.cli.printing import AsJson, Column, print_json, print_rows, say
 from worker.cli.redis_reading import tail as read_events
 from worker.errors import Refused
+from worker.replay import Replayed
+from worker.replay import replay as recipe
 from worker.settings import Settings
 from worker.store import reading
+from worker.store.connectors import PgConnectors
+from worker.store.facts import PgFacts
+from worker.stream import RedisOutlet
 
-app = typer.Typer(help="Watch the change events.", no_args_is_help=True)
+app = typer.Typer(help="Watch the change events, and have datasets replayed.", no_args_is_help=True)
 _ID: Final = re.compile(r"[0-9]{1,16}(-[0-9]{1,16})?")
 
 
@@ -70,6 +79,56 @@ async def _tail(
                 left -= 1
                 if left == 0:
                     return
+
+
+@app.command()
+def replay(
+    connector: Wanted,
+    to: Annotated[str, typer.Option("--to", metavar="STREAM_KEY", help="A Redis key of your own for the stream.")],
+    dataset: Annotated[
+        list[Dataset] | None,
+        typer.Option("--dataset", metavar="DATASET", help=f"Only this one ({', '.join(Dataset)}); may be repeated."),
+    ] = None,
+    tenant: Tenant = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write whole datasets, as Postgres holds them, to a stream of your own: for who missed events.
+
+    You missed something when an entry's `sequence` is above the version you hold of its dataset, and its `base` is
+    not that version. Then:
+
+    1. Remember where you stand in the live stream, and have the dataset replayed.
+
+    2. Empty your copy of the dataset, with version 0, and fold the replay as you fold the live stream. Its events are
+    of op `r`, its `base` is 0, and its `sequence` is the version Postgres holds. `replay.completed` ends it.
+
+    3. Go on with the live stream where you stood. What the replay has already is skipped by its `sequence`. Should
+    the next entry still not fit, Postgres was not there yet: replay once more.
+
+    The stream is yours to delete; Redis deletes it after the events' retention.
+
+        rollcall events replay main --dataset members --dataset groups --to billing:replay
+    """
+    settings = command_settings()
+
+    async def work() -> list[Replayed]:
+        async with opened_database(settings) as db, opened_redis(settings) as redis:
+            found = await PgConnectors(db).find(connector, tenant_id=tenant)
+            outlet = RedisOutlet(redis, keep_s=settings.event_retention_s)
+            return await recipe(
+                found, list(dict.fromkeys(dataset or Dataset)), to, PgFacts(db), outlet, now=datetime.now(UTC)
+            )
+
+    print_rows(
+        map(asdict, asyncio.run(work())),
+        [
+            Column("DATASET", lambda r: r["dataset"]),
+            Column("VERSION", lambda r: r["version"], justify="right"),
+            Column("RECORDS", lambda r: r["records"], justify="right"),
+        ],
+        as_json=as_json,
+        empty="",
+    )
 
 
 def wanted(event: Mapping[str, Any], tenant: str | None, glob: str) -> bool:

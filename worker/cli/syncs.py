@@ -69,18 +69,19 @@ async def _sync(
         )
         run_id: UUID = run["id"]
         if run["status"] == RunStatus.QUEUED:
-            await asyncio.to_thread(_send, settings, run_id)
+            await asyncio.to_thread(send, settings, run_id)
         else:
             active = await reading.active_run(db, found.id, kind) if timeout_s else None
             if run["error_reason"] != "already_running" or active is None:
-                raise _refused(found, kind, str(run["error_reason"]))
+                raise refused(found, kind, str(run["error_reason"]))
             run_id = active
         if timeout_s is None:
             return await reading.run(db, run_id)
         return await _wait(db, run_id, timeout_s, quiet=as_json or not sys.stderr.isatty())
 
 
-def _send(settings: Settings, run_id: UUID) -> None:
+def send(settings: Settings, run_id: UUID) -> None:
+    """Send a queued run off; blocking. When the broker is away it starts later, and a note says so."""
     tasks = import_module("tasks.app")  # Celery takes half a second to import, and no other command needs it
     tasks.configure(settings)
     try:
@@ -89,7 +90,8 @@ def _send(settings: Settings, run_id: UUID) -> None:
         note(f"{error.message} The run is written down and starts when the broker is back.")
 
 
-def _refused(found: Connector, kind: RunKind, reason: str) -> RollcallError:
+def refused(found: Connector, kind: RunKind, reason: str) -> RollcallError:
+    """Make the error of a run that was refused, with what to do about it."""
     if reason == "disconnected":
         return OwnerMustAct(
             reason,

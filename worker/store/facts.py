@@ -33,13 +33,16 @@ class PgFacts:
         """Read a dataset with its version; of usage the fingerprints of the days from `since` on."""
 
         async def work(connection: Connection) -> Base:
-            version = await _version(connection, connector_id, dataset)
-            if not version:
-                return Base(0)  # what a registration wrote beforehand (a pinned workspace) was not observed
-            if dataset.dimension:
-                days = await usage_records(connection, connector_id, dataset, since=since)
-                return Base(version, days=fingerprints(days))
-            return Base(version, records=await records(connection, connector_id, dataset))
+            version, found = await _whole(connection, connector_id, dataset, since=since)
+            return Base(version, days=fingerprints(found)) if dataset.dimension else Base(version, records=found)
+
+        return await self._db.transaction(work, isolation="REPEATABLE READ")
+
+    async def whole(self, connector_id: UUID, dataset: Dataset) -> tuple[int, Listing]:
+        """Read a dataset whole with its version; see `worker.replay.Source`."""
+
+        async def work(connection: Connection) -> tuple[int, Listing]:
+            return await _whole(connection, connector_id, dataset, since=None)
 
         return await self._db.transaction(work, isolation="REPEATABLE READ")
 
@@ -47,11 +50,21 @@ class PgFacts:
         """Read whole usage days with the dataset's version."""
 
         async def work(connection: Connection) -> tuple[int, Listing]:
-            version = await _version(connection, connector_id, dataset)
-            found = await usage_records(connection, connector_id, dataset, since=min(days))
+            version, found = await _whole(connection, connector_id, dataset, since=min(days))
             return version, {s: r for s, r in found.items() if day_of(s) in set(days)}
 
         return await self._db.transaction(work, isolation="REPEATABLE READ")
+
+
+async def _whole(
+    connection: Connection, connector_id: UUID, dataset: Dataset, *, since: date | None
+) -> tuple[int, Listing]:
+    version = await _version(connection, connector_id, dataset)
+    if not version:
+        return 0, {}  # what a registration wrote beforehand (a pinned workspace) was not observed
+    if dataset.dimension:
+        return version, await usage_records(connection, connector_id, dataset, since=since)
+    return version, await records(connection, connector_id, dataset)
 
 
 async def _version(connection: Connection, connector_id: UUID, dataset: Dataset) -> int:

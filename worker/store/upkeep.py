@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from uuid import UUID
 
 from worker.store.db import Connection, Database
 
 BATCH = 10_000
+LATE = timedelta(days=1)
+"""How long after a connector's end something of it may still be written to Redis: far longer than any task runs."""
 
 
 async def age_out(db: Database, *, run_days: int, people_days: int) -> dict[str, int]:
@@ -35,5 +38,17 @@ async def age_out(db: Database, *, run_days: int, people_days: int) -> dict[str,
             "announcements": announcements.rowcount,
             "workers": silent.rowcount,
         }
+
+    return await db.transaction(work)
+
+
+async def deleted_lately(db: Database) -> list[tuple[int, UUID]]:
+    """Find connectors that were deleted within `LATE`, each with its partition."""
+
+    async def work(connection: Connection) -> list[tuple[int, UUID]]:
+        rows = await connection.execute(
+            "SELECT partition, id FROM rollcall.connectors WHERE deleted_at > now() - %s", [LATE]
+        )
+        return [(row["partition"], row["id"]) async for row in rows]
 
     return await db.transaction(work)

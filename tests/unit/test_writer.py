@@ -1,0 +1,187 @@
+"""The writer's recipe: applied first, acknowledged after; what cannot be applied is found and set aside."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any, TypeVar
+from uuid import UUID
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from schemas.connectors import Dataset
+from schemas.events import MAX_BATCH, Op
+from worker.changes import Change
+from worker.entries import Entry, Observation, Report, batches
+from worker.errors import ContractBroken, TryLater
+from worker.writer import Turn, fold
+
+T = TypeVar("T")
+
+
+@dataclass
+class Desk:
+    """A journal and books that note what is done, in order; `poison` are sequences that cannot be written."""
+
+    entries: list[Entry] = field(default_factory=list)
+    poison: frozenset[int] = frozenset()
+    away: bool = False
+    log: list[tuple[str, Any]] = field(default_factory=list)
+    transactions: int = 0
+
+    async def read(self, count: int, *, block_ms: int | None) -> list[Entry]:  # noqa: ARG002 - the port's signature
+        found, self.entries = self.entries[:count], self.entries[count:]
+        return found
+
+    async def acknowledge(self, ids: Sequence[str]) -> None:
+        self.log += [("acknowledged", entry_id) for entry_id in ids]
+
+    async def apply(self, observations: Sequence[Observation]) -> None:
+        self.transactions += 1
+        if self.away:
+            raise TryLater("database_unreachable")
+        if any(one.sequence in self.poison for one in observations):
+            raise ContractBroken("unwritable")
+        self.log += [("applied", one.sequence) for one in observations]
+
+    async def set_aside(self, what: Sequence[Entry] | Observation, reason: str) -> None:
+        """Take both ports' calls: the journal's with entries, the books' with the observation."""
+        if isinstance(what, Observation):
+            self.log.append(("failed", what.sequence))
+        else:
+            self.log += [(f"dead {reason}", entry.id) for entry in what]
+
+    def done(self, what: str) -> list[Any]:
+        return [value for name, value in self.log if name == what]
+
+
+def written(sequence: int, events: int = 1) -> list[Entry]:
+    changes = [Change(f"member/u{n}", Op.DELETED, {}, None, ()) for n in range(events)]
+    entries = batches(
+        changes,
+        tenant_id="acme",
+        connector_id=UUID(int=1),
+        dataset=Dataset.MEMBERS,
+        base=0,
+        sequence=sequence,
+        part_id=UUID(int=2),
+        began=datetime(2026, 4, 10, tzinfo=UTC),
+        report=Report(run_id=UUID(int=3), records=0, changes=events),
+    )
+    return [Entry(entry.fields, f"{sequence}-{n}") for n, entry in enumerate(entries)]
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run what never waits."""
+    try:
+        work.send(None)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+    raise AssertionError("it waits")
+
+
+def turn_of(desk: Desk, count: int = 100) -> Turn:
+    """Fold until there is nothing more."""
+    turn = Turn()
+    while run(fold(desk, desk, count=count, block_ms=None, turn=turn)):
+        pass
+    return turn
+
+
+def test_an_empty_stream_is_nothing_to_do() -> None:
+    """No transaction is opened."""
+    desk = Desk()
+    assert (turn_of(desk), desk.transactions, desk.log) == (Turn(), 0, [])
+
+
+def test_many_observations_are_one_transaction_and_then_acknowledged() -> None:
+    """What was read together is applied together; every piece of it is acknowledged after the commit."""
+    desk = Desk([*written(1), *written(2, MAX_BATCH + 1), *written(3, 0)])
+    assert turn_of(desk).applied == 3
+    assert desk.transactions == 1
+    assert [name for name, _ in desk.log] == ["applied"] * 3 + ["acknowledged"] * 4
+    assert desk.done("acknowledged") == ["1-0", "2-0", "2-1", "3-0"]
+
+
+def test_what_is_not_committed_is_not_acknowledged() -> None:
+    """Postgres is away: the error goes up, and everything stays pending."""
+    desk = Desk(written(1), away=True)
+    with pytest.raises(TryLater):
+        turn_of(desk)
+    assert desk.log == []
+
+
+@given(st.integers(1, 12), st.frozensets(st.integers(1, 12), max_size=3))
+def test_poison_is_isolated(count: int, poison: frozenset[int]) -> None:
+    """Its neighbours are applied once, in order; it alone is set aside, with its part; all is acknowledged."""
+    desk = Desk([entry for n in range(1, count + 1) for entry in written(n)], poison)
+    turn = turn_of(desk)
+    sick = sorted(n for n in poison if n <= count)
+    assert desk.done("applied") == [n for n in range(1, count + 1) if n not in poison]
+    assert desk.done("failed") == sick
+    assert desk.done("dead unwritable") == [f"{n}-0" for n in sick]
+    assert desk.done("acknowledged") == [f"{n}-0" for n in range(1, count + 1)]
+    assert turn.dead == len(sick)
+
+
+def test_the_part_fails_before_its_entries_are_gone() -> None:
+    """A crash in between repeats the setting aside; the other way round the part would hang."""
+    desk = Desk(written(1), frozenset({1}))
+    turn_of(desk)
+    assert [name for name, _ in desk.log] == ["failed", "dead unwritable", "acknowledged"]
+
+
+def test_one_poison_among_many_costs_few_transactions() -> None:
+    """Halving finds it."""
+    desk = Desk([entry for n in range(1, 65) for entry in written(n)], frozenset({40}))
+    turn_of(desk)
+    assert desk.transactions == 13
+
+
+def test_unreadable_entries_are_set_aside_and_the_rest_applied() -> None:
+    """They name no part that could be trusted, so only the journal is told."""
+    (entry,) = written(2)
+    broken = Entry({**entry.fields, b"ce": b"no json"}, entry.id)
+    desk = Desk([*written(1), broken, *written(3)])
+    assert turn_of(desk).dead == 1
+    assert desk.done("dead unreadable:JSONDecodeError") == ["2-0"]
+    assert desk.done("applied") == [1, 3]
+    assert desk.done("failed") == []
+
+
+def test_announcements_are_acknowledged() -> None:
+    """They are for others."""
+    desk = Desk([Entry({b"ce": b"[]"}, "1-0")])
+    turn_of(desk)
+    assert (desk.log, desk.transactions) == ([("acknowledged", "1-0")], 0)
+
+
+@given(st.integers(1, 4))
+def test_an_observation_may_come_in_several_reads(count: int) -> None:
+    """Its pieces wait for its end unacknowledged; then they are applied as one."""
+    desk = Desk([*written(1, 2 * MAX_BATCH + 1), *written(2)])
+    assert turn_of(desk, count).applied == 2
+    assert desk.done("applied") == [1, 2]
+    assert desk.done("acknowledged") == ["1-0", "1-1", "1-2", "2-0"]
+    assert desk.log.index(("applied", 1)) < desk.log.index(("acknowledged", "1-0"))
+
+
+def test_pieces_whose_end_never_comes_are_given_up() -> None:
+    """Publishing is one step: at the end of the stream the rest is lost. Their part is fetched again."""
+    first, _ = written(1, MAX_BATCH + 1)
+    desk = Desk([first])
+    turn = turn_of(desk)
+    assert (desk.log, list(turn.tail)) == ([("acknowledged", "1-0")], [])
+
+
+def test_the_end_of_an_observation_alone_is_not_applied() -> None:
+    """Its first piece went to somebody else: half an observation would be wrong for good."""
+    _, last = written(1, MAX_BATCH + 1)
+    desk = Desk([last, *written(2)])
+    turn_of(desk)
+    assert desk.done("applied") == [2]
+    assert sorted(desk.done("acknowledged")) == ["1-1", "2-0"]
