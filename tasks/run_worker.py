@@ -14,7 +14,7 @@ from celery.signals import worker_shutting_down
 from tasks import bridge, consumer
 from tasks.app import QUEUES, configure
 from tasks.bridge import Bridge
-from worker import metrics
+from worker import memory, metrics
 from worker.settings import Settings
 
 
@@ -58,6 +58,7 @@ def main(settings: Settings) -> int:
             quiet=True,
         )
         consumer.pulse.start()
+        memory.settle()
         worker.start()
         return int(worker.exitcode or 0)
     finally:

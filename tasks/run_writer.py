@@ -15,7 +15,7 @@ import uvloop
 
 from tasks.app import configure
 from tasks.sending import advance
-from worker import metrics
+from worker import memory, metrics
 from worker.errors import TryLater
 from worker.folding import MAX_PAUSE_S, Writer
 from worker.settings import Settings
@@ -29,6 +29,7 @@ HEARTBEAT_S = 5.0
 def main(settings: Settings) -> int:
     """Run until SIGTERM; a second one is immediate, and what was not acknowledged is read again."""
     configure(settings)
+    memory.settle()
     server = metrics.serve(settings.metrics_port, settings.metrics_host) if settings.metrics_port else None
     try:
         uvloop.run(_run(settings))

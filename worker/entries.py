@@ -142,6 +142,8 @@ class Reading:
     broken: list[Broken] = field(default_factory=list)
     passed: list[str] = field(default_factory=list)
     tail: list[Entry] = field(default_factory=list)
+    entries: int = 0
+    """How many entries were read anew."""
 
 
 def assemble(entries: Iterable[Entry]) -> Reading:

@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from uuid import UUID
 
@@ -45,9 +46,29 @@ class Writer:
     partitions: int
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     progress: float = field(default_factory=time.monotonic)
+    _ready: set[UUID] = field(default_factory=set)
+    _news: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def run(self) -> None:
         """Work until stopped; Postgres or Redis away means waiting with back-off, nothing is acknowledged."""
+        advancing = asyncio.create_task(self._advance(), name="advance")
+        try:
+            await self._fold()
+        finally:
+            advancing.cancel()
+            with suppress(asyncio.CancelledError):
+                await advancing
+
+    async def _advance(self) -> None:
+        """Send the next parts beside the folding: the broker takes longer than the transaction that freed them."""
+        while True:
+            await self._news.wait()
+            self._news.clear()
+            ready, self._ready = sorted(self._ready), set()
+            if ready:
+                await self.advance(ready)
+
+    async def _fold(self) -> None:
         pause_s = 0.1
         while not self.stop.is_set():
             try:
@@ -87,9 +108,9 @@ class Writer:
             while not self.stop.is_set():
                 found = await fold(journal, books, count=self.settings.writer_batch_entries, block_ms=None, turn=turn)
                 announced = await relay(connection, journal, partition)
-                if books.more:
-                    ready, books.more = sorted(books.more), set()
-                    await self.advance(ready)
+                self._ready |= books.more
+                books.more = set()
+                self._news.set()
                 worked |= found or announced
                 self.progress = time.monotonic()
                 if not found or time.monotonic() >= until:

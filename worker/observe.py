@@ -189,10 +189,7 @@ async def _observe_one(claim: Claim, head: Head, ports: Ports) -> Result:
     except ContractBroken as error:
         log.warning("provider_contract_broken", reason=error.reason, detail=error.message)
         return Failure(claim, Verdict(Finding.SCHEMA, error.reason, error.message))
-    base = await ports.snapshots.load(claim.target, claim.dataset, claim.version) if trust else None
-    trust = base is not None
-    if base is None:
-        base = await ports.facts.base(claim.target.connector_id, claim.dataset, since=_horizon(claim))
+    base, trust = await _base(claim, ports, trust=trust)
     found = await _compare(claim, base, seen, incomplete, ports)
     if found is None:
         return Returned(claim, "base_moved", REFUSED_WAIT_S)
@@ -203,6 +200,15 @@ async def _observe_one(claim: Claim, head: Head, ports: Ports) -> Result:
             await ports.snapshots.note_digest(claim.target, claim.dataset, base.version, digest)
         return Quiet(claim, base.version, records=len(seen), incomplete=incomplete)
     return await _publish(claim, head, base.version, found, digest, len(seen), incomplete, ports)
+
+
+async def _base(claim: Claim, ports: Ports, *, trust: bool) -> tuple[Base, bool]:
+    """Read what to compare with, and tell whether it is the snapshot."""
+    if trust and (base := await ports.snapshots.load(claim.target, claim.dataset, claim.version)):
+        return base, True
+    if not claim.version:
+        return Base(0), False  # nothing was ever observed
+    return await ports.facts.base(claim.target.connector_id, claim.dataset, since=_horizon(claim)), False
 
 
 async def _confirmed(claim: Claim, verdict: Verdict, ports: Ports) -> Verdict:

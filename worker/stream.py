@@ -190,8 +190,7 @@ async def trim(redis: Redis, partition: int, *, retention_s: float, ceiling_entr
 
     What is older than the retention goes. Past half the ceiling goes what every group has read, and while the stream
     is still past it, what the slowest groups have not read, one group after the other, at last all that the writer
-    has applied. What the writer has not applied is never cut. A group is told once: it hears of a further loss only
-    when it had read on after the one before.
+    has applied. What the writer has not applied is never cut.
     """
     key = stream_key(partition)
     with answering():
@@ -202,33 +201,36 @@ async def trim(redis: Redis, partition: int, *, retention_s: float, ceiling_entr
             return []
         seconds, _ = await redis.time()
         retained = (int((seconds - retention_s) * 1000), 0)
-        behind: list[str] = []
+        told: list[str] = []
         for cut in (retained, *sorted(max(retained, at) for at in reached.values())):
             until = min(cut, reached[GROUP])
-            losing = await _losing(redis, key, reached, until)
-            async with redis.pipeline(transaction=True) as pipe:
-                if losing:
-                    pipe.xadd(key, {"ce": _reset_event(partition, losing, int(seconds))})
-                pipe.xtrim(key, minid=_entry_id(until), approximate=False)
-                *_, cut_off = await pipe.execute()
-            behind += losing
-            length -= cut_off
+            if losing := await _losing(redis, partition, reached, until):
+                notice = await redis.xadd(key, {"ce": _reset_event(partition, losing, int(seconds))})
+                await redis.hset(_notices(partition), mapping=dict.fromkeys(losing, notice))
+                told += losing
+            length -= await redis.xtrim(key, minid=_entry_id(until), approximate=False)
             if length <= ceiling_entries // 2:
                 break
     metrics.STREAM_ENTRIES.labels(str(partition)).set(length)
-    return behind
+    return told
 
 
-async def _losing(redis: Redis, key: str, reached: Mapping[str, _Id], until: _Id) -> list[str]:
-    """Name the groups that would lose unread entries by a cut before `until`, and have not lost any where they are."""
-    about = await redis.xinfo_stream(key)
-    untouched = about["entries-added"] == about["length"]
-    first = (0, 0) if untouched or not about["first-entry"] else _id(about["first-entry"][0])
+async def _losing(redis: Redis, partition: int, reached: Mapping[str, _Id], until: _Id) -> list[str]:
+    """Name the groups that a cut before `until` takes something unread from, and that have no notice ahead of them."""
+    key = stream_key(partition)
+    noticed = {_text(name): _id(at) for name, at in (await redis.hgetall(_notices(partition))).items()}
     return [
         name
         for name, at in reached.items()
-        if first <= at < until and await redis.xrange(key, min=_entry_id(at), max=f"({_entry_id(until)}", count=1)
+        if at < until
+        and noticed.get(name, (0, 0)) < max(at, until)
+        and await redis.xrange(key, min=_entry_id(at), max=f"({_entry_id(until)}", count=1)
     ]
+
+
+def _notices(partition: int) -> str:
+    """Name the hash that holds, by group, the id of the entry that told it of its last loss."""
+    return f"rollcall:resets:{{{partition}}}"
 
 
 def _reset_event(partition: int, groups: Sequence[str], seconds: int) -> bytes:

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import os
-import subprocess
-import sys
 from base64 import b64decode
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -18,29 +14,10 @@ import pytest
 from schemas.connectors import Dataset
 from tasks.upkeep import forget_deleted
 from tests.fixtures.harness import Harness, Row, Watched
-from tests.fixtures.simulator import ROOT
-from worker.cli.running import environment
+from tests.fixtures.terminal import rollcall
 from worker.stream import DEAD_LETTERS, GROUP
 
-COMMAND_WITHIN_S: Final = 30.0
 SYNC_QUEUE: Final = "rollcall:celery:rollcall.sync"
-
-
-async def rollcall(harness: Harness, *arguments: str, code: int = 0) -> tuple[list[Row], str]:
-    """Run a command as an operator does; return the objects it printed, and the reason of its error."""
-    done = await asyncio.to_thread(
-        subprocess.run,
-        [sys.executable, "-m", "worker.cli", *arguments, "--json"],
-        cwd=ROOT,
-        env=environment(harness.runtime.settings, os.environ),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        timeout=COMMAND_WITHIN_S,
-        check=False,
-    )
-    assert done.returncode == code, done.stderr.decode()
-    error = orjson.loads(done.stderr.splitlines()[-1])["error"]["reason"] if code else ""
-    return [orjson.loads(line) for line in done.stdout.splitlines()], error
 
 
 async def published(harness: Harness, *watched: Watched) -> None:
@@ -136,7 +113,7 @@ async def test_poison_is_put_away_alone_and_healed_by_redriving(
     assert (await harness.health(acme))[0] == "connected"
     assert (await harness.runtime.redis.xpending(acme.stream, GROUP))["pending"] == 0
 
-    ((row,), _) = await rollcall(harness, "deadletter", "redrive", letter["id"])
+    ((row,), _) = await rollcall(harness.runtime.settings, "deadletter", "redrive", letter["id"])
     assert (row["connector"], row["letters"], row["outcome"]) == (str(acme.id), [letter["id"]], "redriven")
     assert await letters(harness) == []
     assert await work_off(harness) == [UUID(row["run_id"])]
@@ -150,14 +127,14 @@ async def test_one_reconcile_answers_for_all_letters_of_its_connector(harness: H
     acme, globex = await harness.synced(), await harness.synced("globex", tenant="t2")
     lying = await poisoned(harness, acme, globex, acme)
     assert [letter["connector"] for letter in lying] == [str(one.id) for one in (acme, globex, acme)]
-    ((row,), _) = await rollcall(harness, "deadletter", "redrive", lying[2]["id"])
+    ((row,), _) = await rollcall(harness.runtime.settings, "deadletter", "redrive", lying[2]["id"])
     assert row["letters"] == [lying[0]["id"], lying[2]["id"]]
-    ((row,), _) = await rollcall(harness, "deadletter", "redrive", "--all")
+    ((row,), _) = await rollcall(harness.runtime.settings, "deadletter", "redrive", "--all")
     assert row["letters"] == [lying[1]["id"]]
     assert len(await work_off(harness)) == 2
     for one in (acme, globex):
         await harness.true(one)
-    assert await rollcall(harness, "deadletter", "redrive", "--all") == ([], "")
+    assert await rollcall(harness.runtime.settings, "deadletter", "redrive", "--all") == ([], "")
 
 
 async def test_letters_stay_where_no_reconcile_can_start(harness: Harness) -> None:
@@ -166,7 +143,7 @@ async def test_letters_stay_where_no_reconcile_can_start(harness: Harness) -> No
     mine, others = await poisoned(harness, acme, globex)
 
     async def redrive(reason: str, code: int, outcome: str = "kept") -> None:
-        ((row,), error) = await rollcall(harness, "deadletter", "redrive", mine["id"], code=code)
+        ((row,), error) = await rollcall(harness.runtime.settings, "deadletter", "redrive", mine["id"], code=code)
         assert (row["outcome"], row["reason"], error) == (outcome, reason, reason if code else "")
 
     await harness.runtime.registry.pause(acme.id)
@@ -185,7 +162,7 @@ async def test_letters_stay_where_no_reconcile_can_start(harness: Harness) -> No
     await harness.runtime.registry.delete(acme.id)
     await redrive("deleted", 0, outcome="dropped")
     stranger = await harness.runtime.redis.xadd(DEAD_LETTERS, {"connector": "?", "reason": "unreadable:ValueError"})
-    (rows, error) = await rollcall(harness, "deadletter", "redrive", "--all", code=1)
+    (rows, error) = await rollcall(harness.runtime.settings, "deadletter", "redrive", "--all", code=1)
     assert [row["outcome"] for row in rows] == ["redriven", "kept"]
     assert error == "unknown_connector"
     assert [letter["id"] for letter in await letters(harness)] == [stranger.decode()]
@@ -195,7 +172,7 @@ async def test_letters_stay_where_no_reconcile_can_start(harness: Harness) -> No
 async def test_redriving_names_what_there_is(harness: Harness, arguments: tuple[str, ...]) -> None:
     """Ids or --all, and ids that exist: else nothing is asked for."""
     code = 1 if len(arguments) == 1 else 2
-    (rows, error) = await rollcall(harness, "deadletter", "redrive", *arguments, code=code)
+    (rows, error) = await rollcall(harness.runtime.settings, "deadletter", "redrive", *arguments, code=code)
     assert rows == []
     assert error == ("unknown_dead_letter" if code == 1 else "argument_invalid")
 

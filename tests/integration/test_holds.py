@@ -9,6 +9,8 @@ import pytest
 
 from schemas.connectors import RunKind
 from tests.fixtures.harness import Harness, Row, Watched
+from worker.errors import Refused
+from worker.store import operating
 from worker.store.holds import digest_of
 
 CONNECTED = ("connected", None, "none")
@@ -273,21 +275,43 @@ async def test_holds_survive_a_lost_redis(harness: Harness) -> None:
     assert (await harness.facts(acme)).records == (await harness.truth(acme)).records
 
 
+async def release(harness: Harness, watched: Watched, valid: timedelta = timedelta(hours=1)) -> None:
+    """Let go, as an operator, what is held now."""
+    (hold,) = await open_holds(harness, watched)
+    await operating.release(harness.runtime.db, hold["id"], digest=hold["missing_digest"], actor="ops", valid=valid)
+
+
+async def test_a_release_lets_go_at_once(harness: Harness) -> None:
+    """What an operator released is removed by the sync that is due then, and told as released."""
+    acme = await harness.synced(**MANY)
+    leave(harness, 12)
+    await harness.poll(acme)
+    await release(harness, acme)
+    await harness.tick()
+    await harness.settle()
+    await harness.agree(acme)
+    assert await harness.health(acme) == CONNECTED
+    assert await removals(harness, acme) == [("held", 40, 12, None), ("released", 40, 12, "removed")]
+
+
 async def test_a_release_is_bound_to_its_records(harness: Harness) -> None:
-    """What an operator released goes with the next run; what went missing since then waits on."""
+    """What went missing since a release waits on; a release of what is not held any more is refused."""
     acme = await harness.synced(**MANY)
     gone = leave(harness, 12)
     await harness.poll(acme)
-    await harness.rows(
-        "UPDATE rollcall.deletion_holds SET state = 'released', released = %s, expires_at = now() + interval '1 h'",
-        [gone],
-    )
+    (seen,) = await open_holds(harness, acme)
+    await release(harness, acme)
     more = leave(harness, 12)
     await harness.poll(acme)
     facts = await harness.facts(acme)
     assert not set(gone) & set(facts.records)
     assert set(more) <= set(facts.records)
     assert await harness.health(acme) == HELD
+    with pytest.raises(Refused) as refused:
+        await operating.release(
+            harness.runtime.db, seen["id"], digest=seen["missing_digest"], actor="ops", valid=timedelta(hours=1)
+        )
+    assert refused.value.reason == "hold_changed"
     for _ in range(2):
         await harness.poll(acme)
     await harness.agree(acme)
@@ -299,12 +323,30 @@ async def test_a_release_expires(harness: Harness) -> None:
     acme = await harness.synced(**MANY)
     gone = leave(harness, 12)
     await harness.poll(acme)
-    await harness.rows(
-        "UPDATE rollcall.deletion_holds SET state = 'released', released = %s, expires_at = now() - interval '1 s'",
-        [gone],
-    )
+    await release(harness, acme, timedelta(seconds=-1))
     await harness.poll(acme)
     assert set(gone) <= set((await harness.facts(acme)).records)
+
+
+async def test_a_rejected_hold_begins_anew(harness: Harness) -> None:
+    """When an operator rejects a hold nobody is removed; what stays missing is held and counted from one."""
+    acme = await harness.synced(**MANY)
+    gone = leave(harness, 12)
+    for _ in range(2):
+        await harness.poll(acme)
+    (hold,) = await open_holds(harness, acme)
+    await operating.reject(harness.runtime.db, hold["id"], actor="ops")
+    await harness.poll(acme)
+    assert set(gone) <= set((await harness.facts(acme)).records)
+    (hold,) = await open_holds(harness, acme)
+    assert (hold["runs"], hold["missing"]) == (1, 12)
+    assert await harness.health(acme) == HELD
+    told = await removals(harness, acme)
+    assert [(what, reason) for what, _, _, reason in told] == [
+        ("held", None),
+        ("rejected", "operator"),
+        ("held", None),
+    ]
 
 
 # Usage days.
@@ -371,3 +413,19 @@ async def test_usage_that_comes_back_is_told_so(harness: Harness) -> None:
         *[("held", None)] * 3,
         *[("rejected", "seen_again")] * 3,
     ]
+
+
+async def test_a_held_day_outside_the_look_back_waits_for_the_reconcile(harness: Harness) -> None:
+    """Polls that do not ask for a day say nothing of it: neither do they count, nor do they end its hold."""
+    acme = await harness.synced()
+    before = await harness.facts(acme)
+    harness.simulator.mutate("acme", {"op": "usage_remove_day", "day": day(10)})
+    await harness.poll(acme, kind=RunKind.RECONCILE)
+    for _ in range(3):
+        await harness.poll(acme)
+    assert (await harness.facts(acme)).usage == before.usage
+    assert {h["runs"] for h in await open_holds(harness, acme)} == {1}
+    for _ in range(2):
+        await harness.poll(acme, kind=RunKind.RECONCILE)
+    await harness.agree(acme)
+    assert await harness.health(acme) == CONNECTED

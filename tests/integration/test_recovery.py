@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import uuid4
@@ -15,7 +15,8 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 
 from schemas.connectors import Dataset, RunKind
-from tests.fixtures.harness import Harness, Row, Watched
+from tests.fixtures.harness import Harness, Row, Watched, opened
+from tests.fixtures.simulator import Simulator
 from worker.dev.stack import EmbeddedStack
 from worker.errors import TryLater
 from worker.folding import LOCK_CLASS
@@ -428,6 +429,28 @@ async def test_a_writer_killed_before_it_acknowledges_repeats_nothing(harness: H
     assert await harness.rows("SELECT xmin::text, user_id FROM rollcall.members ORDER BY 2") == before
     assert await harness.runs(acme) == runs
     await harness.agree(acme)
+
+
+async def test_observations_longer_than_a_batch_are_folded_whole(
+    database_url: str, redis_url: str, simulator: Simulator
+) -> None:
+    """With a backlog read in small batches, and writers killed again and again, nothing is lost or half applied."""
+    async with opened(database_url, redis_url, simulator, writer_batch_entries=2) as harness:
+        acme = await harness.add_connector(members=1_600)
+        await harness.tick()
+        while harness.messages:
+            await harness.deliver(harness.messages.popleft())
+        assert await harness.redis.xlen(acme.stream) > 8
+        for count in (1, 2, 3, 2):
+            journal, turn = Dying(harness.redis, acme.partition), Turn()
+            with suppress(asyncio.CancelledError):
+                while await fold(journal, PgBooks(harness.books_connection), count=count, block_ms=None, turn=turn):
+                    pass
+            members = await harness.one("SELECT count(*) AS n FROM rollcall.members")
+            assert members["n"] in {0, 1_600}, "whole or not at all"
+        await harness.settle()
+        await harness.agree(acme)
+        assert (await harness.redis.xpending(acme.stream, GROUP))["pending"] == 0
 
 
 async def test_a_writer_killed_in_its_transaction_loses_nothing(harness: Harness) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Final
@@ -16,6 +15,7 @@ from schemas.publish import event_models
 from tests.fixtures.harness import Harness, Row, Watched
 from tests.fixtures.json_schema import faults
 from tests.fixtures.states import Folder, State
+from tests.fixtures.terminal import rollcall
 from worker.errors import Refused
 from worker.replay import Replayed, replay
 from worker.store.facts import PgFacts
@@ -70,9 +70,9 @@ class Subscriber:
 
 
 @pytest.fixture
-async def acme(harness: Harness) -> AsyncIterator[Watched]:
+async def acme(harness: Harness) -> Watched:
     """A connector with members beyond one entry."""
-    yield await harness.synced(members=MAX_BATCH + 20)
+    return await harness.synced(members=MAX_BATCH + 20)
 
 
 async def change(harness: Harness, seed: int) -> None:
@@ -175,3 +175,18 @@ async def test_our_own_keys_are_refused(harness: Harness, acme: Watched) -> None
         assert refused.value.reason == "argument_invalid"
         assert await harness.runtime.redis.xlen(acme.stream) == length
     assert await harness.runtime.redis.get("theirs") == b"7"
+
+
+async def test_the_command_replays_what_is_named(harness: Harness, acme: Watched) -> None:
+    """`events replay` writes the named datasets, by default all, and tells their versions; a wrong key is usage."""
+    settings, versions = harness.runtime.settings, await harness.access(acme)
+    names = ("groups", "usage.member", "groups")
+    options = [word for name in names for word in ("--dataset", name)]
+    (rows, _) = await rollcall(settings, "events", "replay", "acme", *options, "--to", MINE)
+    assert [(row["dataset"], row["version"]) for row in rows] == [
+        (name, versions[name]["version"]) for name in names[:2]
+    ]
+    (rows, _) = await rollcall(settings, "events", "replay", str(acme.id), "--to", "other")
+    assert [row["dataset"] for row in rows] == list(Dataset)
+    (rows, error) = await rollcall(settings, "events", "replay", "acme", "--to", acme.stream, code=2)
+    assert (rows, error) == ([], "argument_invalid")

@@ -29,7 +29,7 @@ from worker.writer import Turn, fold
 T = TypeVar("T")
 
 PROFILE = settings(
-    max_examples=30,
+    max_examples=25,
     stateful_step_count=50,
     deadline=None,
     derandomize=True,
@@ -47,8 +47,13 @@ TINY: dict[str, Any] = {
 NAMES = ("acme", "globex")
 STORMS = ("s503", "rate429", "html403", "empty", "conflict409", "reset", "forbidden")
 MISHAPS = ("late message", "broken leases", "flush", "copy", "put back")
-RUNS_OF_A_HOLD = 4
-"""A hold that has just begun is over after so many polls."""
+RESTLESS = """
+    SELECT connector_id FROM rollcall.deletion_holds WHERE state IN ('open', 'released')
+    UNION ALL SELECT id FROM rollcall.connectors WHERE backfilled_at IS NULL
+"""
+"""Connectors with something held back, or with usage that is granted again and still to be filled."""
+POLLS_UNTIL_CALM = 6
+"""Three for a hold that has just begun, and the backfills between."""
 
 
 class Killed(BaseException):
@@ -221,9 +226,9 @@ class Machine(RuleBasedStateMachine):
         await harness.pass_time()
         await harness.tick()
         await harness.settle()
-        for _ in range(RUNS_OF_A_HOLD):
+        for _ in range(POLLS_UNTIL_CALM):
             await harness.poll()
-            if not await harness.rows("SELECT 1 FROM rollcall.deletion_holds WHERE state IN ('open', 'released')"):
+            if not await harness.rows(RESTLESS):
                 break
         runs = await harness.poll(kind=RunKind.RECONCILE)
         assert {(run["kind"], run["status"]) for run in runs} == {("reconcile", "succeeded")}

@@ -17,10 +17,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import orjson
 
@@ -47,6 +46,8 @@ QUIET_S: Final = 2.0 * POLL_S
 PAUSE_S: Final = (0.1, 1.2)
 """Between two faults."""
 LOOK_S: Final = 0.05
+BETWEEN_S: Final = (0.02, 0.2)
+"""Between two changes at the provider."""
 
 
 @dataclass(slots=True)
@@ -125,32 +126,45 @@ class Storm:
                 process.start()
 
 
-@contextmanager
-def changing(deployment: Deployment, names: list[str], seed: int) -> Any:
-    """Change workspaces all the while, on a thread; gives a counter of the changes."""
-    stop, counted = threading.Event(), Counter[str]()
-    failed: list[BaseException] = []
+class Changes:
+    """Changes workspaces, on a thread, until it is stopped or has made `most` changes.
 
-    def run() -> None:
-        rng = random.Random(seed)  # noqa: S311 - repeatable changes, no secret
+    The same seed makes the same changes in the same order, whatever else happens.
+    """
+
+    def __init__(self, deployment: Deployment, seed: int, *, most: int | None = None) -> None:
+        self.made = 0
+        self._deployment = deployment
+        self._rng = random.Random(seed)  # noqa: S311 - repeatable changes, no secret
+        self._most = most
+        self._stop = threading.Event()
+        self._failed: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="changes")
+
+    def start(self) -> None:
+        """Start changing."""
+        self._thread.start()
+
+    def finish(self) -> None:
+        """Await the last of `most` changes, or stop at once when there is no such number; raise what went wrong."""
+        if self._most is None:
+            self._stop.set()
+        self._thread.join()
+        if self._failed is not None:
+            raise self._failed
+
+    def _run(self) -> None:
+        names = sorted(self._deployment.connectors)
         try:
-            while not stop.wait(rng.uniform(0.02, 0.2)):
-                size, draw = rng.randint(1, 3), rng.randrange(2**31)
-                operation = {"op": "random", "n": size, "seed": draw, "usage_days": 3, "kinds": KINDS}
-                deployment.change(rng.choice(names), operation)
-                counted["changes"] += size
-        except BaseException as error:  # noqa: BLE001 - raised again below, on the thread that waits
-            failed.append(error)
-
-    thread = threading.Thread(target=run, name="changing")
-    thread.start()
-    try:
-        yield counted
-    finally:
-        stop.set()
-        thread.join()
-    if failed:
-        raise failed[0]
+            while self._most is None or self.made < self._most:
+                if self._stop.wait(self._rng.uniform(*BETWEEN_S)):
+                    return
+                size, seed = self._rng.randint(1, 3), self._rng.randrange(2**31)
+                operation = {"op": "random", "n": size, "seed": seed, "usage_days": 3, "kinds": KINDS}
+                self._deployment.change(self._rng.choice(names), operation)
+                self.made += 1
+        except Exception as error:  # noqa: BLE001 - raised again by who waits for the end
+            self._failed = error
 
 
 def live(folder: Path, *, seed: int, duration_s: float, tenants: int = TENANTS) -> Report:
@@ -163,11 +177,13 @@ def live(folder: Path, *, seed: int, duration_s: float, tenants: int = TENANTS) 
         deployment.add(early, poll_interval_s=POLL_S, **SHAPE)
         wait_for("the first sync", deployment.agrees, timeout_s=FIRST_SYNC_S)
         deployment.add(names[len(early) :], poll_interval_s=POLL_S, **SHAPE)
-        storm = Storm(deployment, rng)
-        with changing(deployment, names, seed) as counted:
+        storm, changes = Storm(deployment, rng), Changes(deployment, seed)
+        changes.start()
+        try:
             storm.rage(duration_s)
-        report.faults, report.died = dict(sorted(storm.counts.items())), storm.died
-        report.changes = counted["changes"]
+        finally:
+            changes.finish()
+        report.faults, report.died, report.changes = dict(sorted(storm.counts.items())), storm.died, changes.made
         _settle(deployment, report)
         for process in deployment.processes:
             if process.pid is None:

@@ -76,7 +76,7 @@ BLOWS = (
     "poison",
 )
 """What happens in some stories: a few of these in each, and then often."""
-FAULTS = ("outage", "incomplete", "full", "repeat")
+FAULTS = ("outage", "incomplete", "full", "repeat", "away")
 
 
 class Story:

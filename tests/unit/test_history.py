@@ -80,9 +80,10 @@ class Tale:
         """Say an observation in pieces of one event."""
         base = str(self.versions.get(dataset, 0)).encode()
         head = {b"connector": CONNECTOR.encode(), b"dataset": dataset.encode(), b"base": base}
-        for number, event in enumerate(events):
-            last = {b"part": b"p"} if number == len(events) - 1 else {}
-            fields = {**head, b"sequence": str(self.now_s).encode(), b"ce": orjson.dumps([event]), **last}
+        pieces = [[event] for event in events] or [[]]
+        for number, piece in enumerate(pieces):
+            last = {b"part": b"p"} if number == len(pieces) - 1 else {}
+            fields = {**head, b"sequence": str(self.now_s).encode(), b"ce": orjson.dumps(piece), **last}
             self.said.append(Said(0, f"{(self.now_s + 1) * 1000}-{number}", fields))
 
     def apply(self, dataset: str, values: Values) -> None:
@@ -241,6 +242,19 @@ def test_a_change_between_two_others_is_lost(tale: Tale) -> None:
     last = next(n for n, entry in enumerate(tale.said) if b'"before":{"name":"Anna"}' in entry.fields[b"ce"])
     tale.said[last] = spoil(tale.said[last], lambda event: event["data"].update(before={"name": "Ann"}))
     assert tale.kinds() == {Kind.LOST}
+
+
+def test_a_subscriber_that_is_misled_has_lost_something(tale: Tale) -> None:
+    """What was published and not applied must be followed by something that tells subscribers to replay."""
+    before = tale.truth.now
+    tale.be(u1="Only for subscribers")
+    tale.poll(applied=False)
+    tale.truth.add(before, began=tale.now_s + 5, done=tale.now_s + 6)
+    assert tale.kinds() == {Kind.LOST}
+    tale.now_s += 10
+    tale.publish("members", [])
+    tale.apply("members", {})
+    assert tale.kinds() == set()
 
 
 def test_an_announcement_that_nobody_heard_is_lost(tale: Tale) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -75,13 +76,8 @@ def written(sequence: int, events: int = 1) -> list[Entry]:
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run what never waits."""
-    try:
-        work.send(None)
-    except StopIteration as stop:
-        result: T = stop.value
-        return result
-    raise AssertionError("it waits")
+    """Run a coroutine to its end."""
+    return asyncio.run(work)
 
 
 def turn_of(desk: Desk, count: int = 100) -> Turn:

@@ -85,7 +85,6 @@ class Database:
             timeout=wait_s,
             max_waiting=1000,
             reconnect_timeout=30.0,
-            check=AsyncConnectionPool.check_connection,
             open=False,
             name=f"rollcall-{application}",
         )
@@ -114,13 +113,45 @@ class Database:
 
     async def transaction(self, work: Callable[[Connection], Awaitable[T]], *, isolation: str = "") -> T:
         """Run `work` in one transaction; see `repeated`."""
+        begun = False
 
         async def once() -> T:
+            nonlocal begun
+            begun = False
             async with self.connection() as connection, connection.transaction():
+                begun = True
                 if isolation:
                     await connection.execute(f"SET TRANSACTION ISOLATION LEVEL {isolation}")
                 return await work(connection)
 
+        return await self._on_a_living_connection(once, lambda: not begun)
+
+    async def statement(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+        """Run `work`, a single statement that is harmless to repeat, without a transaction around it.
+
+        Raises:
+            TryLater: Postgres is away.
+
+        """
+
+        async def once() -> T:
+            async with self.connection() as connection:
+                return await work(connection)
+
+        return await self._on_a_living_connection(once, lambda: True)
+
+    async def _on_a_living_connection(self, once: Callable[[], Awaitable[T]], harmless: Callable[[], bool]) -> T:
+        """Try the pool's connections until one works, while trying again is harmless.
+
+        The pool does not know which of its connections a restart has broken. To drop one that could not even
+        begin is cheaper than to ask each before each use.
+        """
+        for _ in range(self._pool.max_size):
+            try:
+                return await repeated(once)
+            except TryLater as error:
+                if not harmless() or not isinstance(error.__cause__, psycopg.Error):
+                    raise
         return await repeated(once)
 
 

@@ -185,7 +185,7 @@ class PgLedger:
                 [[c.part_id for c in claims], [c.number for c in claims]],
             )
 
-        await self._db.transaction(work)
+        await self._db.statement(work)
 
     async def remember_cost_since(self, claim: Claim, day: date) -> None:
         """Note when the workspace became cost-billed; see `worker.ports.Ledger`."""
@@ -196,7 +196,7 @@ class PgLedger:
                 [day, claim.target.connector_id],
             )
 
-        await self._db.transaction(work)
+        await self._db.statement(work)
 
 
 def _may_ask(row: Row) -> bool:

@@ -40,7 +40,7 @@ class Recovery:
             )
             return {"queued": 0, "running": 0, "waiting": 0} | {row["status"]: row["n"] async for row in rows}
 
-        return await self._db.transaction(work)
+        return await self._db.statement(work)
 
     async def slots(self) -> int:
         """Count the slots of living workers; at least one, so that a tick always moves something."""
@@ -177,7 +177,7 @@ class Recovery:
             )
             return [row["id"] async for row in rows]
 
-        return await self._db.transaction(work)
+        return await self._db.statement(work)
 
     async def give_up(self, attempts: int) -> int:
         """Fail parts that were claimed so often without an end: whoever asks for them dies of it."""
@@ -222,11 +222,11 @@ class Recovery:
             )
             return {row["connector_id"] async for row in rows}
 
-        return await self._db.transaction(work)
+        return await self._db.statement(work)
 
     async def _one(self, query: LiteralString, *values: object) -> Any:
         async def work(connection: Connection) -> Any:
             row = await (await connection.execute(query, list(values))).fetchone()
             return next(iter(row.values())) if row else None
 
-        return await self._db.transaction(work)
+        return await self._db.statement(work)

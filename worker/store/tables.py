@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from typing import Any, Final, LiteralString
 
 from psycopg import sql
@@ -20,59 +21,69 @@ class Column:
     type: LiteralString
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Table:
-    """Where the records of one subject kind (`member`, `api_key`, ...) stand."""
+    """Where the records of one subject kind (`member`, `api_key`, ...) stand; its statements are made once."""
 
     name: LiteralString
     kind: str
     key: LiteralString
     columns: tuple[Column, ...]
 
-    @property
-    def upsert(self) -> sql.Composed:
+    @cached_property
+    def upsert(self) -> bytes:
         """One statement for many rows: arrays of tenant, connector, version, key and every column."""
         names = [c.name for c in self.columns]
         lists = sql.SQL(", ").join(
             sql.SQL("{}::{}[]").format(sql.Placeholder(format="b"), sql.SQL(kind))
             for kind in ("text", "uuid", "bigint", "text", *(wire_type(c.type) for c in self.columns))
         )
-        return sql.SQL(
-            """
+        return (
+            sql.SQL(
+                """
             INSERT INTO rollcall.{table} (tenant_id, connector_id, version, {key}, {columns})
             SELECT t, c, v, k, {values} FROM unnest({lists}) AS n (t, c, v, k, {columns})
             ON CONFLICT (connector_id, {key}) DO UPDATE SET
                 version = excluded.version, changed_at = now(), removed_at = NULL, {updates}
             """
-        ).format(
-            table=sql.Identifier(self.name),
-            key=sql.Identifier(self.key),
-            columns=sql.SQL(", ").join(map(sql.Identifier, names)),
-            values=sql.SQL(", ").join(_from_wire(c) for c in self.columns),
-            lists=lists,
-            updates=sql.SQL(", ").join(sql.SQL("{0} = excluded.{0}").format(sql.Identifier(n)) for n in names),
+            )
+            .format(
+                table=sql.Identifier(self.name),
+                key=sql.Identifier(self.key),
+                columns=sql.SQL(", ").join(map(sql.Identifier, names)),
+                values=sql.SQL(", ").join(_from_wire(c) for c in self.columns),
+                lists=lists,
+                updates=sql.SQL(", ").join(sql.SQL("{0} = excluded.{0}").format(sql.Identifier(n)) for n in names),
+            )
+            .as_bytes()
         )
 
-    @property
-    def remove(self) -> sql.Composed:
+    @cached_property
+    def remove(self) -> bytes:
         """Mark many rows as removed: arrays of connector, version and key."""
-        return sql.SQL(
-            """
+        return (
+            sql.SQL(
+                """
             UPDATE rollcall.{table} r SET removed_at = now(), changed_at = now(), version = n.v
             FROM unnest(%b::uuid[], %b::bigint[], %b::text[]) AS n (c, v, k)
             WHERE r.connector_id = n.c AND r.{key} = n.k AND r.removed_at IS NULL
             """
-        ).format(table=sql.Identifier(self.name), key=sql.Identifier(self.key))
+            )
+            .format(table=sql.Identifier(self.name), key=sql.Identifier(self.key))
+            .as_bytes()
+        )
 
-    @property
-    def select(self) -> sql.Composed:
+    @cached_property
+    def select(self) -> bytes:
         """Read the living records of one connector."""
-        return sql.SQL(
-            "SELECT {key}, {columns} FROM rollcall.{table} WHERE connector_id = %s AND removed_at IS NULL"
-        ).format(
-            table=sql.Identifier(self.name),
-            key=sql.Identifier(self.key),
-            columns=sql.SQL(", ").join(sql.Identifier(c.name) for c in self.columns),
+        return (
+            sql.SQL("SELECT {key}, {columns} FROM rollcall.{table} WHERE connector_id = %s AND removed_at IS NULL")
+            .format(
+                table=sql.Identifier(self.name),
+                key=sql.Identifier(self.key),
+                columns=sql.SQL(", ").join(sql.Identifier(c.name) for c in self.columns),
+            )
+            .as_bytes()
         )
 
 

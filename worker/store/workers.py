@@ -20,7 +20,7 @@ async def beat_heart(db: Database, name: str, role: str, slots: int, *, quiet_s:
             [name, role, slots, orjson.dumps({"quiet_s": round(quiet_s, 1)}).decode()],
         )
 
-    await db.transaction(work)
+    await db.statement(work)
 
 
 async def leave(db: Database, name: str) -> None:
@@ -29,4 +29,4 @@ async def leave(db: Database, name: str) -> None:
     async def work(connection: Connection) -> None:
         await connection.execute("DELETE FROM rollcall.workers WHERE name = %s", [name])
 
-    await db.transaction(work)
+    await db.statement(work)
