@@ -160,7 +160,7 @@ def waiting_messages() -> dict[str, int]:
     """
     counts = {}
     try:
-        with app.connection_for_write() as connection:
+        with app.pool.acquire(block=True, timeout=SOCKET_TIMEOUT_S) as connection:
             connection.ensure_connection(max_retries=1, timeout=SOCKET_TIMEOUT_S)
             for name in QUEUES:
                 # Not passive: on Redis kombu looks for a passively declared queue without the key prefix.

@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import structlog
 
+from schemas.connectors import RunKind
 from tasks import bridge
 from tasks.app import FETCH, app, send_sync, send_tidy, waiting_messages
 from tasks.sending import deliver
 from tasks.upkeep import trim_stream
 from worker import metrics
+from worker.plan import Sending
 from worker.stream import backlog, tick
 from worker.wiring import Runtime
 
 log = structlog.get_logger()
 DEADLINE_S = 60.0
+POLLS = (RunKind.POLL,)
+BULK = (RunKind.BACKFILL, RunKind.RECONCILE)
 MESSAGES_PER_SLOT = 4
-"""How much work may wait at the broker: enough to keep every slot busy until the next tick, no more."""
+"""How much work may wait at the broker: enough to keep every slot busy until the next look, no more."""
+FEED_S = 0.05
+"""While there is more than the queues hold, a tick goes on feeding them until the next one comes."""
 
 
 @app.task(name="rollcall.dispatch_due")
@@ -31,7 +38,11 @@ async def _tick(runtime: Runtime) -> None:
     await _look_after_streams(runtime)
     for run_id in await runtime.recovery.unplanned():
         await asyncio.to_thread(send_sync, run_id)
-    await _send_due(runtime)
+    until = time.monotonic() + runtime.settings.dispatch_interval_s
+    more = await _send_due(runtime)
+    while more and time.monotonic() < until:
+        await asyncio.sleep(FEED_S)
+        more = await _send_due(runtime)
     for status, parts in (await runtime.recovery.open_parts()).items():
         metrics.PARTS.labels(status).set(parts)
     if await runtime.recovery.tidy_is_due():
@@ -59,16 +70,20 @@ async def _look_after_streams(runtime: Runtime) -> None:
             await trim_stream(runtime, partition)
 
 
-async def _send_due(runtime: Runtime) -> None:
-    """Send what stalled, then what is due, no more than the queues have room for."""
+async def _send_due(runtime: Runtime) -> bool:
+    """Send what stalled, then what is due, no more than the queues have room for; tell whether there is more."""
     recovery, dispatch = runtime.recovery, runtime.dispatch
     waiting = await asyncio.to_thread(waiting_messages)
     if not any(waiting.values()) and (lost := await recovery.void_unclaimed()):
         log.warning("messages_lost", parts_due_again=lost)
-    room = await recovery.slots() * MESSAGES_PER_SLOT - waiting[FETCH]
-    if room > 0:
-        stalled = await recovery.stalled(room)
-        await deliver(dispatch, await dispatch.more(stalled))
-        room -= len(stalled)
-    if room > 0:
-        await deliver(dispatch, await dispatch.due(min(room, runtime.settings.dispatch_batch)))
+    slots = await recovery.slots()
+    room = max(0, slots * MESSAGES_PER_SLOT - waiting[FETCH])
+    polls = await recovery.stalled(room, POLLS)
+    bulk = await recovery.stalled(slots, BULK)  # apart: a backlog hides no poll, and takes none's room
+    await deliver(dispatch, await dispatch.more(polls | bulk))
+    due: list[Sending] = []
+    most = min(room - len(polls), runtime.settings.dispatch_batch)
+    if most > 0:
+        due = await dispatch.due(most)
+        await deliver(dispatch, due)
+    return bool(bulk) or len(polls) >= room or len(due) >= most

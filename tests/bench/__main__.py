@@ -30,7 +30,7 @@ CASES: Sequence[Case] = (
     scaling.MEMBERS,
 )
 ROUNDS = 3
-WIDTH = 160
+WIDTH = 180
 """Of reports that go to a file or a pipe."""
 
 

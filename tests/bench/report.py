@@ -13,6 +13,7 @@ from tests.bench.case import Sample
 
 Spread = dict[str, float]
 """`median`, `min` and `max`."""
+COMPARED = ("seconds", "_per_s", ".total", "us_per_part", "us_per_record")
 
 
 def summary(samples: Mapping[str, Sequence[Sample]], against: Mapping[str, str]) -> dict[str, Any]:
@@ -27,13 +28,18 @@ def summary(samples: Mapping[str, Sequence[Sample]], against: Mapping[str, str])
     ratios = {
         side: {
             name: _spread([one[name] / other[name] for one, other in pairs])
-            for name in _names(samples[side])
+            for name in filter(_comparable, _names(samples[side]))
             if (pairs := [(a, b) for a, b in zip(samples[side], samples[floor], strict=False) if _both(a, b, name)])
         }
         for side, floor in against.items()
         if side in samples and floor in samples
     }
     return {"figures": figures, "ratios": ratios}
+
+
+def _comparable(name: str) -> bool:
+    """Tell whether a ratio says something: of speeds, durations, and of CPU as a whole."""
+    return name.endswith(COMPARED)
 
 
 def _names(rounds: Sequence[Sample]) -> list[str]:
@@ -58,12 +64,12 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     if not figures:
         return
     table = Table(box=None, pad_edge=False, header_style="dim")
-    table.add_column("figure: median (min - max)", no_wrap=True)
+    table.add_column("figure: median (min-max)", no_wrap=True)
     for side in figures:
         table.add_column(side, justify="right")
     for side, floor in result["against"].items():
         if side in result["ratios"]:
-            table.add_column(f"{side} / {floor}", justify="right")
+            table.add_column(f"{side}\n/ {floor}", justify="right")
     group = ""
     names = list(dict.fromkeys(name for spreads in figures.values() for name in spreads))
     groups = list(dict.fromkeys(map(_group, names)))
@@ -91,14 +97,14 @@ def _text(spread: Spread | None) -> str:
         return ""
     if spread["min"] == spread["max"]:
         return _number(spread["median"])
-    return f"{_number(spread['median'])} ({_number(spread['min'])} - {_number(spread['max'])})"
+    return f"{_number(spread['median'])} ({_number(spread['min'])}-{_number(spread['max'])})"
 
 
 def _ratio(spread: Spread | None) -> str:
     if spread is None:
         return ""
     low, high = spread["min"], spread["max"]
-    return f"{spread['median']:.2f}x" + (f" ({low:.2f} - {high:.2f})" if low != high else "")
+    return f"{spread['median']:.3g}x" + (f" ({low:.3g}-{high:.3g})" if low != high else "")
 
 
 def _number(value: float) -> str:

@@ -34,6 +34,8 @@ from worker.wiring import runtime
 PARTITIONS: Final = 4
 BACKFILL_DAYS: Final = 30
 """As many as a reconcile asks for, so that it finds no day that was never asked for."""
+LOOKBACK_DAYS: Final = 3
+"""Of usage that every poll asks for."""
 LOOK_S: Final = 0.1
 SETTINGS: Final = {
     "ROLLCALL_API_HOSTS": "127.0.0.1",
@@ -139,10 +141,12 @@ class Deployment:
                 truths=self.truths,
                 steps=witness.steps(connection),
                 writes=witness.writes(connection),
+                closes=witness.closes(connection),
                 moves=witness.moves(connection),
                 values=witness.values(connection),
                 versions=witness.versions(connection),
                 announced=witness.announced(connection),
+                recent=(self.today - timedelta(days=LOOKBACK_DAYS - 1)).isoformat(),
             )
         self.reader.drain()  # after the tables: what they show was said before
         found.said = list(self.reader.said)

@@ -11,18 +11,16 @@ from typing import Any
 import orjson
 import pytest
 
-from tests.fixtures.evidence import Evidence, Move, Said, Step, Truth, Values, Write
+from tests.fixtures.evidence import Close, Evidence, Move, Said, Step, Truth, Values, Write
 from tests.fixtures.history import Event, Kind, check
+from tests.fixtures.states import dataset_of
 
 CONNECTOR = "c1"
 START_S = 1_790_000_000
 DAY = "usage/product/2026-04-01"
 NOW = {"u1": "Ana", "u2": "Bo"}
 """The members in the end."""
-
-
-def dataset_of(subject: str) -> str:
-    return "usage.product" if subject.startswith("usage/") else "members"
+REPORT = orjson.dumps({"held": {}, "incomplete": None})
 
 
 @dataclass
@@ -33,6 +31,7 @@ class Tale:
     said: list[Said] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
     writes: list[Write] = field(default_factory=list)
+    closes: list[Close] = field(default_factory=list)
     values: Values = field(default_factory=dict)
     versions: dict[str, int] = field(default_factory=dict)
     now_s: int = START_S
@@ -59,6 +58,8 @@ class Tale:
             self.publish(dataset, [self.event(s, wanted.get(s), asked_s) for s in mine])
             if applied:
                 self.apply(dataset, {s: wanted.get(s) for s in mine})
+            if applied and seeing is None and not asked_s:
+                self.close(dataset)
 
     def event(self, subject: str, after: Any, asked_s: int = 0) -> Event:
         before = self.values.get(subject)
@@ -82,7 +83,7 @@ class Tale:
         head = {b"connector": CONNECTOR.encode(), b"dataset": dataset.encode(), b"base": base}
         pieces = [[event] for event in events] or [[]]
         for number, piece in enumerate(pieces):
-            last = {b"part": b"p"} if number == len(pieces) - 1 else {}
+            last = {b"part": b"p", b"report": REPORT} if number == len(pieces) - 1 else {}
             fields = {**head, b"sequence": str(self.now_s).encode(), b"ce": orjson.dumps(piece), **last}
             self.said.append(Said(0, f"{(self.now_s + 1) * 1000}-{number}", fields))
 
@@ -94,6 +95,11 @@ class Tale:
             self.values.pop(subject, None)
             if after is not None:
                 self.values[subject] = after
+
+    def close(self, dataset: str) -> None:
+        """Call what Postgres holds of a dataset what the provider has now."""
+        version = self.versions[dataset]
+        self.closes.append(Close(CONNECTOR, dataset, version, self.now_s, began=self.now_s, done=self.now_s + 1))
 
     def announce(self, what: str, sequence: int, *, reason: str = "") -> None:
         event = {
@@ -112,6 +118,7 @@ class Tale:
             said=self.said,
             steps=self.steps,
             writes=self.writes,
+            closes=self.closes,
             moves=[Move(CONNECTOR, "connected")],
             values={CONNECTOR: self.values},
             versions={(CONNECTOR, dataset): version for dataset, version in self.versions.items()},
@@ -247,7 +254,7 @@ def test_a_change_between_two_others_is_lost(tale: Tale) -> None:
 def test_a_subscriber_that_is_misled_has_lost_something(tale: Tale) -> None:
     """What was published and not applied must be followed by something that tells subscribers to replay."""
     before = tale.truth.now
-    tale.be(u1="Only for subscribers")
+    tale.be(u1="Only for subscribers", used={"tts": "10", "stt": "2.5"})
     tale.poll(applied=False)
     tale.truth.add(before, began=tale.now_s + 5, done=tale.now_s + 6)
     assert tale.kinds() == {Kind.LOST}
@@ -264,6 +271,17 @@ def test_an_announcement_that_nobody_heard_is_lost(tale: Tale) -> None:
     heard.announced, silent.announced = ["row-1"], ["row-2"]
     assert kinds(heard) == set()
     assert kinds(silent) == {Kind.LOST}
+
+
+def test_a_part_that_is_done_too_early_is_not_done(tale: Tale) -> None:
+    """What a part calls unchanged must be so, even if a later one mends it."""
+    tale.close("members")
+    assert tale.kinds() == set()
+    tale.be(u1="Overlooked", used={"tts": "10", "stt": "2.5"})
+    tale.now_s += 10
+    tale.close("members")
+    tale.poll()
+    assert tale.kinds() == {Kind.NOT_DONE}
 
 
 def test_versions_that_go_back_are_reordered(tale: Tale) -> None:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from datetime import datetime, timedelta
 from typing import Any, LiteralString
 from uuid import UUID
 
+from schemas.connectors import RunKind
 from worker.store.conclude import conclude, lock_connectors
 from worker.store.db import Connection, Database
 from worker.store.sending import SENT_LEASE
@@ -206,19 +207,23 @@ class Recovery:
 
         return await self._db.transaction(work)
 
-    async def stalled(self, most: int) -> set[UUID]:
-        """Find connectors with a part that is due again: it waited long enough, or its lease is over."""
+    async def stalled(self, most: int, kinds: Collection[RunKind] = tuple(RunKind)) -> set[UUID]:
+        """Find connectors with a part that is due again (it waited long enough, or its lease is over).
+
+        Those of the oldest runs of these kinds come first, each run once, however many parts it has left.
+        """
 
         async def work(connection: Connection) -> set[UUID]:
             rows = await connection.execute(
                 """
-                SELECT DISTINCT connector_id FROM (
-                    SELECT connector_id FROM rollcall.sync_parts
-                    WHERE status IN ('queued', 'running', 'waiting') AND not_before <= now()
-                      AND (lease_until IS NULL OR lease_until < now())
-                    ORDER BY not_before LIMIT %s) due
+                SELECT r.connector_id FROM rollcall.sync_runs r
+                WHERE r.status IN ('queued', 'running') AND r.kind = ANY(%b) AND EXISTS (
+                    SELECT 1 FROM rollcall.sync_parts p
+                    WHERE p.run_id = r.id AND p.status IN ('queued', 'running', 'waiting') AND p.not_before <= now()
+                      AND (p.lease_until IS NULL OR p.lease_until < now()))
+                ORDER BY r.created_at LIMIT %s
                 """,
-                [most],
+                [[str(kind) for kind in kinds], most],
             )
             return {row["connector_id"] async for row in rows}
 

@@ -243,14 +243,15 @@ class Dispatch:
     async def _bulk_room(self, connection: Connection) -> int:
         """Count the messages of backfills and reconciles that may still leave: half of all slots, at least one.
 
-        The advisory lock makes takers of bulk parts count one after the other.
+        The advisory lock makes takers of bulk parts count one after the other. Parts of one message are sent, and
+        later claimed, in one transaction: their leases end at the same moment, those of two messages do not.
         """
         await connection.execute("SELECT pg_advisory_xact_lock(hashtext('rollcall bulk'))")
         rows = await connection.execute(
             """
             SELECT greatest(1, (SELECT coalesce(sum(slots), 0) FROM rollcall.workers
                                 WHERE seen_at > now() - interval '60 seconds') / 2)
-                   - (SELECT count(DISTINCT connector_id) FROM rollcall.sync_parts
+                   - (SELECT count(DISTINCT (connector_id, lease_until)) FROM rollcall.sync_parts
                       WHERE kind <> 'poll' AND lane IS NOT NULL AND lease_until > now()
                         AND status IN ('queued', 'running')) AS room
             """
