@@ -56,15 +56,11 @@ LIVE: Final = frozenset({Status.PENDING, Status.CONNECTED, Status.DEGRADED})
 """States in which a connector is polled."""
 
 MOVES: Final[dict[Status, frozenset[Status]]] = {
-    Status.PENDING: frozenset(
-        {Status.CONNECTED, Status.DEGRADED, Status.DISCONNECTED, Status.PAUSED, Status.DELETED}
-    ),
+    Status.PENDING: frozenset({Status.CONNECTED, Status.DEGRADED, Status.DISCONNECTED, Status.PAUSED, Status.DELETED}),
     Status.CONNECTED: frozenset({Status.DEGRADED, Status.DISCONNECTED, Status.PAUSED, Status.DELETED}),
     Status.DEGRADED: frozenset({Status.CONNECTED, Status.DISCONNECTED, Status.PAUSED, Status.DELETED}),
     Status.DISCONNECTED: frozenset({Status.CONNECTED, Status.DEGRADED, Status.PAUSED, Status.DELETED}),
-    Status.PAUSED: frozenset(
-        {Status.PENDING, Status.CONNECTED, Status.DEGRADED, Status.DISCONNECTED, Status.DELETED}
-    ),
+    Status.PAUSED: frozenset({Status.PENDING, Status.CONNECTED, Status.DEGRADED, Status.DISCONNECTED, Status.DELETED}),
     Status.DELETED: frozenset(),
 }
 """From a status to those it may become. A recovered or resumed connector goes to what its access rows say."""

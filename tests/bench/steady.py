@@ -220,7 +220,8 @@ async def _answers(provider: Client, url: str, tenant: Tenant) -> dict[Dataset, 
 
 @contextmanager
 def _prepare(stage: Stage) -> Iterator[Mapping[str, Side]]:
-    size = Size(400, 20, warmup_s=4.0, seconds=8.0, interval_s=4) if stage.quick else Size()
+    size = Size(200, 20, warmup_s=2.0, seconds=4.0, interval_s=4) if stage.quick else Size()
+    defaults: Mapping[str, object] = {"dispatch_interval_s": 1} if stage.quick else {}
     shape = Shape(size.workspaces, members=20, service_accounts=2, keys_per_account=3, usage_rows_per_day=8)
     with stage.simulator() as simulator, stage.fresh() as place:
         workspaces = populate(simulator, shape)
@@ -229,7 +230,7 @@ def _prepare(stage: Stage) -> Iterator[Mapping[str, Side]]:
         _prime(place, stage.ring, simulator, size, workspaces)
         simulator.latency(LATENCY_MS)
         made = Steady(stage, simulator, place, size, workspaces)
-        yield {"defaults": lambda: made.polls({}), "tuned": lambda: made.polls(TUNED), "floor": made.floor}
+        yield {"defaults": lambda: made.polls(defaults), "tuned": lambda: made.polls(TUNED), "floor": made.floor}
 
 
 CASE = Case(

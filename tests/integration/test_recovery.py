@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from typing import Any
-from uuid import uuid4
+from uuid import UUID, uuid4
 
 import orjson
 import pytest
@@ -387,6 +387,23 @@ async def test_one_writer_per_partition(harness: Harness) -> None:
         await other.close()
     await harness.settle()
     await harness.agree(acme)
+
+
+async def test_a_bug_in_sending_ends_the_writer(harness: Harness) -> None:
+    """What fails unexpectedly beside the folding fails the process loudly, instead of never sending again."""
+    await harness.add_connector()
+    await harness.tick()
+    await harness.deliver(harness.messages.popleft())
+    writer = harness.writer()
+
+    async def broken(_: Sequence[UUID]) -> None:
+        raise RuntimeError("a bug")
+
+    writer.advance = broken
+    async with asyncio.timeout(SOON_S):
+        with pytest.raises(ExceptionGroup) as failed:
+            await writer.run()
+    assert failed.value.subgroup(RuntimeError) is not None
 
 
 async def test_two_writers_share_the_work(harness: Harness) -> None:
