@@ -85,10 +85,8 @@ async def _play(stack: RunningStack) -> list[str]:
         stage = story.Stage(show, control, watcher, opened.db, environment(stack.settings, os.environ), connectors={})
         watching = asyncio.create_task(watcher.run(), name="watcher")
         try:
-            show.rule("Six tenants connect")
-            await story.connect(stage)
-            show.rule("First sync: 90 days of usage each")
-            await story.backfills(stage)
+            show.rule("Six tenants connect; their first syncs bring 90 days of usage")
+            await asyncio.gather(story.connect(stage), story.backfills(stage))
             watcher.names.update({str(cid): name for name, cid in stage.connectors.items()})
             await story.degraded(stage)
             show.rule("Live: events as they leave the stream")

@@ -129,7 +129,6 @@ async def backfills(stage: Stage) -> None:
         TimeElapsedColumn(),
         console=stage.console,
     )
-    names = {cid: name for name, cid in stage.connectors.items()}
     with bars:
         tasks = {t.name: bars.add_task(t.name, total=None, special=t.special, status="") for t in TENANTS}
         async with asyncio.timeout(BACKFILL_WITHIN_S):
@@ -139,12 +138,14 @@ async def backfills(stage: Stage) -> None:
                     "SELECT connector_id, status, parts_total, parts_done + parts_failed AS parts"
                     " FROM rollcall.sync_runs WHERE kind = 'backfill'",
                 )
-                for run in runs:
+                names = {cid: name for name, cid in stage.connectors.items()}
+                for run in (r for r in runs if r["connector_id"] in names):
                     bar = tasks[names[run["connector_id"]]]
                     bars.update(bar, total=run["parts_total"] or None, completed=run["parts"], status=run["status"])
                     if run["status"] not in {"queued", "running"}:
                         bars.stop_task(bar)
-                if len(runs) >= len(TENANTS) and all(r["status"] not in {"queued", "running"} for r in runs):
+                ended = {r["connector_id"] for r in runs if r["status"] not in {"queued", "running"}}
+                if len(names) == len(TENANTS) and names.keys() <= ended:
                     return
                 await asyncio.sleep(0.1)
 
