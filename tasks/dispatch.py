@@ -53,7 +53,9 @@ async def _find_lost(runtime: Runtime) -> None:
     """Make due again what a lost Redis or silent workers had in hand; give up what kills whoever asks for it."""
     recovery = runtime.recovery
     lost = await recovery.bury()
-    if await recovery.redis_went_back(await tick(runtime.redis)):
+    if await recovery.redis_went_back(lambda: tick(runtime.redis)):
+        # Subscribers may have read what Redis forgot: without snapshots the next polls publish, and show the break.
+        await runtime.snapshots.forget_all()
         lost += await recovery.void_messages()
     if lost:
         log.warning("parts_lost", parts_due_again=lost)
@@ -76,14 +78,14 @@ async def _send_due(runtime: Runtime) -> bool:
     waiting = await asyncio.to_thread(waiting_messages)
     if not any(waiting.values()) and (lost := await recovery.void_unclaimed()):
         log.warning("messages_lost", parts_due_again=lost)
-    slots = await recovery.slots()
-    room = max(0, slots * MESSAGES_PER_SLOT - waiting[FETCH])
+    room = max(0, await recovery.slots() * MESSAGES_PER_SLOT - waiting[FETCH])
     polls = await recovery.stalled(room, POLLS)
-    bulk = await recovery.stalled(slots, BULK)  # apart: a backlog hides no poll, and takes none's room
+    bulk_room = await dispatch.bulk_room()  # apart: a backlog hides no poll, and takes none's room
+    bulk = await recovery.stalled(bulk_room, BULK)
     await deliver(dispatch, await dispatch.more(polls | bulk))
     due: list[Sending] = []
     most = min(room - len(polls), runtime.settings.dispatch_batch)
     if most > 0:
         due = await dispatch.due(most)
         await deliver(dispatch, due)
-    return bool(bulk) or len(polls) >= room or len(due) >= most
+    return bool(bulk) or not bulk_room or len(polls) >= room or len(due) >= most

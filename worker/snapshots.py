@@ -120,6 +120,12 @@ class RedisSnapshots:
         with answering():
             await self._redis.delete(*(snapshot_key(partition, connector_id, d) for d in Dataset))
 
+    async def forget_all(self) -> None:
+        """Delete every snapshot: what was published last is not certain any more."""
+        with answering():
+            async for key in self._redis.scan_iter(match="rollcall:snapshot:*", count=1000):
+                await self._redis.unlink(key)
+
 
 def _key(target: Target, dataset: Dataset) -> str:
     return snapshot_key(target.partition, target.connector_id, dataset)

@@ -57,7 +57,7 @@ async def fold(journal: Journal, books: Books, *, count: int, block_ms: int | No
         turn.ahead = await ahead
     finally:
         ahead.cancel()
-        await asyncio.wait([ahead])
+        await asyncio.gather(ahead, return_exceptions=True)
     return True
 
 

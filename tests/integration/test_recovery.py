@@ -176,7 +176,14 @@ async def test_a_lost_publication_that_was_seen_is_taken_back(harness: Harness) 
 async def test_only_a_lower_tick_means_that_redis_went_back(harness: Harness) -> None:
     """Ticks that grow are no alarm; the same or a lower one is, once."""
     recovery = harness.runtime.recovery
-    assert [await recovery.redis_went_back(n) for n in (1, 2, 5, 5, 6, 3, 4)] == [
+
+    def counted(ticks: int) -> Callable[[], Awaitable[int]]:
+        async def count() -> int:
+            return ticks
+
+        return count
+
+    assert [await recovery.redis_went_back(counted(n)) for n in (1, 2, 5, 5, 6, 3, 4)] == [
         False, False, False, True, False, True, False,
     ]  # fmt: skip
 

@@ -26,7 +26,7 @@ import orjson
 from tests.fixtures.history import check, read
 from tests.fixtures.processes import Role
 from tests.system.deployment import Deployment, deployed, wait_for
-from tests.system.faults import Fault, faults_of
+from tests.system.faults import Fault, lanes_of, planned_of
 
 TENANTS: Final = 20
 POLL_S: Final = 2
@@ -43,8 +43,6 @@ KINDS: Final = (
 FIRST_SYNC_S: Final = 60.0
 SETTLE_S: Final = 150.0
 QUIET_S: Final = 2.0 * POLL_S
-PAUSE_S: Final = (0.1, 1.2)
-"""Between two faults."""
 LOOK_S: Final = 0.05
 BETWEEN_S: Final = (0.02, 0.2)
 """Between two changes at the provider."""
@@ -54,14 +52,18 @@ LAST_CHANGE: Final = 0.02
 
 @dataclass(slots=True)
 class Report:
-    """What a run did. `settle_s`: from the end of all faults until everything agreed; None: it never did."""
+    """What a run did.
+
+    `answers` are the provider's, by status (499: it hung, or sent a reset). `settle_s`: from the end of all faults
+    until everything agreed; None: it never did.
+    """
 
     seed: int
     duration_s: float
     faults: dict[str, int] = field(default_factory=dict)
     changes: int = 0
     runs: dict[str, int] = field(default_factory=dict)
-    requests: int = 0
+    answers: dict[str, int] = field(default_factory=dict)
     events: int = 0
     observations: int = 0
     settle_s: float | None = None
@@ -78,42 +80,40 @@ class Report:
 
 
 class Storm:
-    """Strikes and heals, one fault at a time on each thing, until its time is over."""
+    """Strikes and heals, in every lane by itself, until its time is over."""
 
     def __init__(self, deployment: Deployment, rng: random.Random) -> None:
         self.counts: Counter[str] = Counter()
         self.died: list[str] = []
         self._deployment = deployment
         self._rng = rng
-        self._random, self._planned = faults_of(deployment, rng)
+        self._lanes = lanes_of(deployment, rng)
         self._healing: dict[str, tuple[float, Callable[[], None]]] = {}
 
     def rage(self, duration_s: float) -> None:
         """Break things for so long, then heal them all."""
         began = time.monotonic()
-        planned = sorted((duration_s * share, n) for n, (share, _) in enumerate(self._planned))
-        following = began
+        following = [began] * len(self._lanes)
+        planned = [(began + duration_s * place, fault) for place, fault in planned_of(self._deployment)]
         while (now := time.monotonic()) - began < duration_s:
             self._heal(now)
             self._look_for_dead()
-            if planned and now - began >= planned[0][0]:
-                if self._strike(self._planned[planned[0][1]][1], now):
-                    planned.pop(0)
-            elif now >= following:
-                free = [fault for fault in self._random if fault.target not in self._healing]
-                if free:
+            if planned and now >= planned[0][0] and planned[0][1].target not in self._healing:
+                self._strike(planned.pop(0)[1])
+            for number, lane in enumerate(self._lanes):
+                free = [fault for fault in lane.faults if fault.target not in self._healing]
+                broken = len({fault.target for fault in lane.faults} & self._healing.keys())
+                if now >= following[number] and broken < lane.at_once:
                     (fault,) = self._rng.choices(free, [fault.weight for fault in free])
-                    self._strike(fault, now)
-                following = time.monotonic() + self._rng.uniform(*PAUSE_S)
+                    self._strike(fault)
+                    following[number] = time.monotonic() + self._rng.uniform(*lane.pause_s)
             time.sleep(LOOK_S)
         self._heal(float("inf"))
 
-    def _strike(self, fault: Fault, now: float) -> bool:
-        if fault.target in self._healing:
-            return False
-        self._healing[fault.target] = (now + self._rng.uniform(*fault.seconds), fault.strike())
+    def _strike(self, fault: Fault) -> None:
+        heal = fault.strike()
+        self._healing[fault.target] = (time.monotonic() + self._rng.uniform(*fault.seconds), heal)
         self.counts[fault.name] += 1
-        return True
 
     def _heal(self, now: float) -> None:
         for target, (due, heal) in list(self._healing.items()):
@@ -226,7 +226,7 @@ def _conclude(deployment: Deployment, report: Report) -> None:
         "SELECT kind || ' ' || status AS what, count(*) AS n FROM rollcall.sync_runs GROUP BY 1"
     ):
         report.runs[row["what"]] = row["n"]
-    report.requests = deployment.simulator.stats()["total"]
+    report.answers = deployment.simulator.stats()["statuses"]
     report.errors = dict(_errors(deployment))
     report.deadlocks = deployment.stack.postgres.log.read_text(encoding="utf-8").count("deadlock detected")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -16,17 +17,20 @@ from worker.dev.server import Server
 
 Heal = Callable[[], None]
 
-DOWN_S: Final = (0.1, 2.5)
-STUCK_S: Final = (0.5, 7.0)
-FROZEN_S: Final = (0.5, 20.0)
+DOWN_S: Final = (0.1, 2.0)
+STUCK_S: Final = (0.5, 6.0)
+FROZEN_S: Final = (1.0, 15.0)
 """Longer than leases last: whoever wakes up finds that others have taken over."""
 GRACE_S: Final = (2.5, 5.0)
 """What an orchestrator allows for an end in order."""
-STORM_S: Final = (1.0, 6.0)
+STORM_S: Final = (1.0, 5.0)
+BAIT_S: Final = (1.0, 3.0)
 AT_ONCE_S: Final = (0.0, 0.0)
 GONE_S: Final = 10.0
 BAITS: Final = 2
 """Most baits of one kind for a workspace: three in a row would be believed, and rightly so."""
+BAITED: Final = 4
+"""Workspaces at once: if more keys seem dead together, no verdict is believed anyway."""
 
 _DIRECTORY: Final = {"match": {"method": "GET"}}
 _MEMBERS: Final = {"match": {"path_prefix": "/v1/workspace/members"}}
@@ -79,23 +83,39 @@ class Fault:
     strike: Callable[[], Heal]
 
 
-def faults_of(deployment: Deployment, rng: random.Random) -> tuple[list[Fault], list[tuple[float, Fault]]]:
-    """List what may break at any time, and what breaks once, each with its place in the run (0 to 1)."""
-    found = [fault for number, process in enumerate(deployment.processes) for fault in _of_process(number, process)]
-    found += _of_server(deployment.stack.valkey)
-    found += _of_server(deployment.stack.postgres)
-    found += _of_link("redis", deployment.redis, rng)
-    found += _of_link("postgres", deployment.postgres, rng)
+@dataclass(frozen=True, slots=True)
+class Lane:
+    """Faults of which at most `at_once` last together, with `pause_s` between two of them.
+
+    What is always down proves nothing: the pauses leave time to come back, and to work in between.
+    """
+
+    faults: list[Fault]
+    at_once: int
+    pause_s: tuple[float, float]
+
+
+def lanes_of(deployment: Deployment, rng: random.Random) -> list[Lane]:
+    """List what may break at any time."""
+    processes = [fault for number, process in enumerate(deployment.processes) for fault in _of_process(number, process)]
+    machines = [*_of_server(deployment.stack.valkey), *_of_server(deployment.stack.postgres)]
+    machines += [*_of_link("redis", deployment.redis, rng), *_of_link("postgres", deployment.postgres, rng)]
     provider = ProviderFaults(deployment, rng)
-    found.append(Fault("provider storm", 10, "provider", STORM_S, provider.storm))
-    found.append(Fault("provider bait", 6, "provider", (2.0, 4.0), provider.bait))
-    back = ValkeyBack(deployment)
-    planned = [
-        (0.2, Fault("valkey flushed", 0, "valkey", AT_ONCE_S, lambda: _flush(deployment))),
-        (0.4, Fault("valkey copied and restarted", 0, "valkey", AT_ONCE_S, back.copy)),
-        (0.7, Fault("valkey rolled back", 0, "valkey", AT_ONCE_S, back.roll_back)),
+    answers = [
+        Fault("provider storm", 1, "provider", STORM_S, provider.storm),
+        Fault("provider bait", 1, "provider", BAIT_S, provider.bait),
     ]
-    return found, planned
+    return [Lane(processes, 3, (0.5, 2.5)), Lane(machines, 2, (1.0, 5.0)), Lane(answers, 1, (0.0, 0.5))]
+
+
+def planned_of(deployment: Deployment) -> list[tuple[float, Fault]]:
+    """List what breaks once, each with its place in the run (0 to 1)."""
+    back = ValkeyBack(deployment)
+    return [
+        (0.2, Fault("valkey flushed", 1, "valkey", AT_ONCE_S, lambda: _flush(deployment))),
+        (0.4, Fault("valkey copied and restarted", 1, "valkey", AT_ONCE_S, back.copy)),
+        (0.7, Fault("valkey rolled back", 1, "valkey", AT_ONCE_S, back.roll_back)),
+    ]
 
 
 def _nothing() -> None:
@@ -172,12 +192,12 @@ def _of_link(name: str, proxy: Proxy, rng: random.Random) -> list[Fault]:
 
 
 class ProviderFaults:
-    """Storms that strike everybody, and baits for one workspace."""
+    """Storms that strike everybody, and baits for some workspaces."""
 
     def __init__(self, deployment: Deployment, rng: random.Random) -> None:
         self._deployment = deployment
         self._rng = rng
-        self._baited: dict[str, list[str]] = {}
+        self._baited: Counter[tuple[str, str]] = Counter()
 
     def storm(self) -> Heal:
         """Let some of all requests fail in one or two ways."""
@@ -187,14 +207,19 @@ class ProviderFaults:
         return lambda: self._deployment.simulator.faults(None)
 
     def bait(self) -> Heal:
-        """Let one request of one workspace get an answer that must not be believed at once."""
-        rule = self._rng.choice(BAIT)
-        taken = self._baited.setdefault(rule["kind"], [])
-        free = [name for name in self._deployment.connectors if taken.count(name) < BAITS]
-        name = self._rng.choice(free)
-        taken.append(name)
-        self._deployment.simulator.faults(name, {**rule, "times": 1})
-        return lambda: self._deployment.simulator.faults(name)
+        """Let one request of some workspaces get an answer that must not be believed at once."""
+        names = self._rng.sample(sorted(self._deployment.connectors), BAITED)
+        for name in names:
+            rule = self._rng.choice(BAIT)
+            if self._baited[name, rule["kind"]] < BAITS:
+                self._baited[name, rule["kind"]] += 1
+                self._deployment.simulator.faults(name, {**rule, "times": 1})
+
+        def heal() -> None:
+            for name in names:
+                self._deployment.simulator.faults(name)
+
+        return heal
 
 
 def _flush(deployment: Deployment) -> Heal:

@@ -27,7 +27,6 @@ SOON_S = 20.0
 DOWN_S = 2.0
 MANY = 40
 SHAPE = {"members": MANY, "groups": 2, "service_accounts": 2, "keys_per_account": 2, "history_days": 3}
-SETTINGS = {"ROLLCALL_FETCH_TIMEOUT_S": "1", "ROLLCALL_PART_LEASE_S": "2"}
 NUMBERS = itertools.count()
 
 
@@ -35,7 +34,7 @@ NUMBERS = itertools.count()
 def installation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Deployment]:
     """One worker, one writer and one beat on servers of their own."""
     roles: tuple[Role, ...] = ("worker", "writer", "beat")
-    with deployed(tmp_path_factory.mktemp("failures"), roles, settings=SETTINGS) as made:
+    with deployed(tmp_path_factory.mktemp("failures"), roles) as made:
         yield made
 
 

@@ -29,12 +29,12 @@ from worker.plan import Calendar
 from worker.store.sending import Dispatch, Schedule
 from worker.wiring import runtime
 
-SLOTS: Final = 8
+SLOTS: Final = 16
 TENANTS: Final = 200
 WORKSPACES: Final = 30
 """Of the huge tenant: one with a thousand parts, the others with a few dozen each."""
 OVER_S: Final = 18.0
-LATENCY_MS: Final = 100
+LATENCY_MS: Final = 75
 MULTIPLE: Final = 3.0
 SLACK_S: Final = 3.0
 """Beside the backlog a poll may take so many times what it takes alone, and so much longer."""

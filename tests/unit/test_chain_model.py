@@ -103,8 +103,6 @@ class Story:
     def note(self, line: str) -> None:
         self.trace.append(line)
 
-    # what happens
-
     def advance(self) -> None:
         """Somebody goes on for a while, and the others wait."""
         ready = [actor for actor in self.world.actors if actor.parked]
@@ -285,8 +283,6 @@ class Story:
 
     def _id(self) -> UUID:
         return UUID(int=self.rng.getrandbits(64))
-
-    # how it ends
 
     def settle(self) -> None:
         world = self.world

@@ -75,9 +75,6 @@ def folded(rows: Listing, found: Found) -> Listing:
     return rows
 
 
-# digests
-
-
 PAGE = Page(Billing.CREDITS, WINDOW, b'{"rows":[]}')
 
 
@@ -111,9 +108,6 @@ def test_a_directory_does_not_care_for_days() -> None:
     """Midnight changes nothing about members."""
     page = Page(None, None, b"[]")
     assert answer_digest(claim(), (page,), SETTLED) == answer_digest(claim(), (page,), SETTLED + timedelta(days=1))
-
-
-# records
 
 
 @given(AMOUNTS, AMOUNTS, st.booleans(), KEYS, KEYS)
@@ -152,9 +146,6 @@ def test_a_large_drop_is_held_for_three_runs() -> None:
         removed.append([change.subject for change in found.changes])
     assert removed == [[], [], [f"member/{name}" for name in "cdef"]]
     assert (held, base.records) == ({}, listing(set("ab")))
-
-
-# usage
 
 
 def compare_days(asked: Claim, base: Base, seen: Listing, rows: Listing) -> Found:

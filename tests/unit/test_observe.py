@@ -130,9 +130,6 @@ def bench() -> Iterator[Bench]:
     bench.world.close()
 
 
-# what is believed
-
-
 def test_a_first_observation_is_published_and_applied(bench: Bench) -> None:
     """Everything is new; the part ends with the transaction that wrote its data, its lane before."""
     part = bench.part()
@@ -216,9 +213,6 @@ def test_a_change_is_published_with_its_base(bench: Bench) -> None:
     ]
 
 
-# what goes back
-
-
 def test_a_snapshot_that_moved_refuses(bench: Bench) -> None:
     """What was compared with a base that is gone is not published; the part goes back without an attempt."""
     bench.poll()
@@ -288,9 +282,6 @@ def test_a_part_that_is_done_is_not_asked_again(bench: Bench) -> None:
     assert len(bench.asked) == 1
 
 
-# what is refused
-
-
 def test_a_passing_fault_waits(bench: Bench) -> None:
     """An outage says nothing; the part is tried again."""
     bench.answers["/v1/workspace/members"] = [BUSY]
@@ -355,9 +346,6 @@ def test_the_day_a_workspace_became_billed_in_money_is_remembered(
     assert since == [RECENT.start]
 
 
-# what is missing
-
-
 def test_an_incomplete_listing_removes_nobody(bench: Bench) -> None:
     """It is told as incomplete, and asked again although the answer is the same."""
     bench.poll()
@@ -396,9 +384,6 @@ def test_a_repeat_within_a_run_counts_once(bench: Bench) -> None:
     (result,) = bench.observe(part)
     assert isinstance(result, Quiet)
     assert {count for count, _ in bench.world.postgres.chains[MEMBERS].held.values()} == {1}
-
-
-# lanes
 
 
 @pytest.mark.parametrize(("lanes", "in_flight"), [((1, 1), 1), ((1, 2), 2)])

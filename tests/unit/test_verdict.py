@@ -153,8 +153,6 @@ def test_only_a_doubt_disconnects(verdict: Verdict) -> None:
     assert CONCLUSIVE < DOUBTS == CONCLUSIVE | {Finding.UNAUTHORIZED}
 
 
-# an unexplained 401 needs three runs
-
 BARE = verdict_of("401_bare")
 FEW = Deaths(0, 1)
 
@@ -188,9 +186,6 @@ def test_any_sign_of_life_starts_the_count_again() -> None:
     health = alive(health, CALM)
     assert (health.strikes, health.strike_run) == (0, None)
     assert strike(strike(health, "c"), "d").status is Status.CONNECTED
-
-
-# too many deaths at once are the provider's fault
 
 
 @pytest.mark.parametrize(
@@ -237,9 +232,6 @@ def test_strikes_wait_too() -> None:
     assert strike(health, "d").status is Status.DISCONNECTED
 
 
-# late answers
-
-
 @pytest.mark.parametrize("status", [Status.DISCONNECTED, Status.PAUSED, Status.DELETED])
 @given(verdict=FINDINGS)
 def test_a_doubt_that_comes_late_changes_nothing(status: Status, verdict: Verdict) -> None:
@@ -261,9 +253,6 @@ def test_a_revived_key_recovers() -> None:
     assert alive(dead, CALM) == CONNECTED
     assert alive(dead, SCOPE) == Health(*SCOPE)
     assert alive(dead, (Status.PENDING, None, Action.NONE)) == CONNECTED
-
-
-# what a living key deserves
 
 
 def test_a_connector_is_pending_until_every_dataset_answered() -> None:
@@ -305,9 +294,6 @@ def test_a_success_grants_again() -> None:
 def test_what_says_nothing_of_access_leaves_it(finding: Finding) -> None:
     """Outages, our own faults and doubts about the key are no word on a dataset."""
     assert access_after(GRANTED[Dataset.GROUPS], Verdict(finding, "why", ""), now=NOW) == GRANTED[Dataset.GROUPS]
-
-
-# parts
 
 
 def test_a_passing_fault_is_tried_so_often() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Coroutine, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, TypeVar
@@ -77,11 +78,10 @@ def written(sequence: int, events: int = 1) -> list[Entry]:
 
 def run(work: Coroutine[Any, Any, T]) -> T:
     """Run what never waits for anybody else."""
-    loop = HandLoop()
-    task = loop.create_task(work)
-    loop.run_ready()
-    loop.close()
-    return task.result()
+    with closing(HandLoop()) as loop:
+        task = loop.create_task(work)
+        loop.run_ready()
+        return task.result()
 
 
 def turn_of(desk: Desk, count: int = 100) -> Turn:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from datetime import datetime, timedelta
 from typing import Any, LiteralString
 from uuid import UUID
@@ -62,19 +62,20 @@ class Recovery:
             )
         )
 
-    async def redis_went_back(self, tick: int) -> bool:
-        """Compare Redis's count of ticks with the last one seen.
+    async def redis_went_back(self, count: Callable[[], Awaitable[int]]) -> bool:
+        """Count a tick in Redis, and tell whether Redis had lost count: it was flushed or put back.
 
-        Two ticks at once may raise a false alarm, which costs a few messages.
+        The row's lock makes ticks count one after the other, so that two at once raise no alarm.
         """
-        return bool(
-            await self._one(
-                "WITH seen AS (SELECT ticks FROM rollcall.meta FOR UPDATE)"
-                " UPDATE rollcall.meta SET ticks = %s FROM seen RETURNING seen.ticks >= %s",
-                tick,
-                tick,
-            )
-        )
+
+        async def work(connection: Connection) -> bool:
+            rows = await connection.execute("SELECT ticks FROM rollcall.meta FOR UPDATE")
+            row = await rows.fetchone()
+            ticks = await count()
+            await connection.execute("UPDATE rollcall.meta SET ticks = %s", [ticks])
+            return row is not None and ticks <= row["ticks"]
+
+        return await self._db.transaction(work)
 
     async def bury(self) -> int:
         """Make due what silent workers had claimed; if one was only slow, a fetch is spent, no fact."""

@@ -208,21 +208,28 @@ class Dispatch:
         await self._db.transaction(work)
 
     async def _take(self, connection: Connection, connector_ids: Sequence[UUID]) -> list[Sending]:
+        # Of a long backlog only what may be next is read: of each dataset what is asked, and the newest that is due.
         rows = await connection.execute(
             """
-            SELECT p.id, p.run_id, p.connector_id, p.kind, p.dataset, p.window_start, p.not_before, p.lane, p.status,
-                   p.attempts, p.published_at, now() AS now, coalesce(p.lease_until > now(), false) AS leased,
-                   coalesce(a.lease_until > now(), false) AS observing
+            SELECT DISTINCT ON (p.connector_id, p.kind, p.dataset, asking)
+                   p.id, p.run_id, p.connector_id, p.kind, p.dataset, p.window_start, p.not_before, p.lane,
+                   p.lane IS NOT NULL AND coalesce(p.lease_until > now(), false) AS asking,
+                   coalesce(a.lease_until > now(), false) AS applying, now() AS now
             FROM rollcall.sync_parts p
             JOIN rollcall.connector_access a ON a.connector_id = p.connector_id AND a.dataset = p.dataset
             WHERE p.connector_id = ANY(%b) AND p.status IN ('queued', 'running', 'waiting')
+            ORDER BY p.connector_id, p.kind, p.dataset, asking, p.not_before <= now() DESC, p.window_start DESC
             """,
             [list(connector_ids)],
         )
         by_connector: dict[UUID, list[Row]] = {}
         async for row in rows:
             by_connector.setdefault(row["connector_id"], []).append(row)
-        room = await self._bulk_room(connection) if _any_bulk(by_connector) else 0
+        room = 0
+        if _any_bulk(by_connector):
+            # Takers of bulk parts count one after the other.
+            await connection.execute("SELECT pg_advisory_xact_lock(hashtext('rollcall bulk'))")
+            room = await _bulk_room(connection)
         sendings = []
         for cid, found in by_connector.items():
             sending = plan.pick(cid, [_open_part(r) for r in found], now=found[0]["now"], allow_bulk=room > 0)
@@ -240,24 +247,28 @@ class Dispatch:
             )
         return sendings
 
-    async def _bulk_room(self, connection: Connection) -> int:
-        """Count the messages of backfills and reconciles that may still leave: half of all slots, at least one.
+    async def bulk_room(self) -> int:
+        """Count the messages of backfills and reconciles that may leave now; others may take the room meanwhile."""
+        return await self._db.statement(_bulk_room)
 
-        The advisory lock makes takers of bulk parts count one after the other. Parts of one message are sent, and
-        later claimed, in one transaction: their leases end at the same moment, those of two messages do not.
+
+async def _bulk_room(connection: Connection) -> int:
+    """Count the messages of backfills and reconciles that may still leave: half of all slots, at least one.
+
+    Parts of one message are sent, and later claimed, in one transaction: their leases end at the same moment, those
+    of two messages do not.
+    """
+    rows = await connection.execute(
         """
-        await connection.execute("SELECT pg_advisory_xact_lock(hashtext('rollcall bulk'))")
-        rows = await connection.execute(
-            """
-            SELECT greatest(1, (SELECT coalesce(sum(slots), 0) FROM rollcall.workers
-                                WHERE seen_at > now() - interval '60 seconds') / 2)
-                   - (SELECT count(DISTINCT (connector_id, lease_until)) FROM rollcall.sync_parts
-                      WHERE kind <> 'poll' AND lane IS NOT NULL AND lease_until > now()
-                        AND status IN ('queued', 'running')) AS room
-            """
-        )
-        row = await rows.fetchone()
-        return int(row["room"]) if row else 0
+        SELECT greatest(1, (SELECT coalesce(sum(slots), 0) FROM rollcall.workers
+                            WHERE seen_at > now() - interval '60 seconds') / 2)
+               - (SELECT count(DISTINCT (connector_id, lease_until)) FROM rollcall.sync_parts
+                  WHERE kind <> 'poll' AND lane IS NOT NULL AND lease_until > now()
+                    AND status IN ('queued', 'running')) AS room
+        """
+    )
+    row = await rows.fetchone()
+    return max(0, int(row["room"])) if row else 0
 
 
 def _any_bulk(by_connector: Mapping[UUID, Sequence[Row]]) -> bool:
@@ -273,8 +284,8 @@ def _open_part(row: Row) -> OpenPart:
         start=row["window_start"],
         not_before=row["not_before"],
         lane=row["lane"],
-        asking=row["lane"] is not None and row["leased"],
-        applying=row["observing"],
+        asking=row["asking"],
+        applying=row["applying"],
     )
 
 
