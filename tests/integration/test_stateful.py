@@ -29,8 +29,8 @@ from worker.writer import Turn, fold
 T = TypeVar("T")
 
 PROFILE = settings(
-    max_examples=25,
-    stateful_step_count=50,
+    max_examples=10,
+    stateful_step_count=40,
     deadline=None,
     derandomize=True,
     database=None,
