@@ -107,7 +107,7 @@ def _requests_channel() -> dict[str, Any]:
         "address": "rollcall.sync",
         "title": "The door for backends",
         "description": "A Celery queue, protocol 2: on AMQP the queue of this name, on Redis the list"
-        " `rollcall:celery:rollcall.sync`. The outcome is the row `run_id` of the table `sync_runs`.",
+        " `rollcall.sync`. The outcome is the row `run_id` of the table `sync_runs`.",
         "messages": {"request_sync": {"$ref": "#/components/messages/request_sync"}},
     }
 

@@ -99,7 +99,6 @@ def _transport_options(broker: str) -> dict[str, object]:
         "socket_keepalive": True,
         "health_check_interval": 5,
         "retry_on_timeout": True,
-        "global_keyprefix": "rollcall:celery:",
     }
 
 
@@ -163,7 +162,7 @@ def waiting_messages() -> dict[str, int]:
         with app.pool.acquire(block=True, timeout=SOCKET_TIMEOUT_S) as connection:
             connection.ensure_connection(max_retries=1, timeout=SOCKET_TIMEOUT_S)
             for name in QUEUES:
-                # Not passive: on Redis kombu looks for a passively declared queue without the key prefix.
+                # Declared, not only looked for: an empty queue of Redis does not exist.
                 queue = app.amqp.queues[name].bind(connection.default_channel)
                 counts[name] = queue.queue_declare().message_count
     except (OperationalError, OSError) as error:

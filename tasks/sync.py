@@ -13,6 +13,7 @@ from tasks import bridge
 from tasks.app import app, send_sync
 from tasks.sending import deliver
 from worker.connectors import request_sync as request
+from worker.errors import Refused
 from worker.wiring import Runtime
 
 log = structlog.get_logger()
@@ -41,7 +42,10 @@ def request_sync(**message: object) -> None:
         if run["status"] == RunStatus.QUEUED:
             await asyncio.to_thread(send_sync, run["id"])
 
-    bridge.run("request_sync", work, deadline_s=DEADLINE_S)
+    try:
+        bridge.run("request_sync", work, deadline_s=DEADLINE_S)
+    except Refused as error:
+        log.error("request_sync_refused", reason=error.reason, detail=error.message)  # noqa: TRY400 - no bug of ours
 
 
 @app.task(name="rollcall.sync_connector")

@@ -6,6 +6,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from uuid import UUID
 
@@ -50,10 +51,14 @@ class Writer:
 
     async def run(self) -> None:
         """Work until stopped; Postgres or Redis away means waiting with back-off, nothing is acknowledged."""
-        async with asyncio.TaskGroup() as group:  # when one of them fails, neither goes on alone
-            advancing = group.create_task(self._advance(), name="advance")
+        advancing = asyncio.create_task(self._advance(), name="advance")
+        advancing.add_done_callback(lambda _: self.stop.set())  # should it fail, the folding does not go on alone
+        try:
             await self._fold()
+        finally:
             advancing.cancel()
+            with suppress(asyncio.CancelledError):
+                await advancing
 
     async def _advance(self) -> None:
         """Send the next parts beside the folding: the broker takes longer than the transaction that freed them."""

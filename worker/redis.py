@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
@@ -18,17 +19,24 @@ SOCKET_TIMEOUT_S = 5.0
 MAX_CONNECTIONS = 200
 
 
-class _Closed:
-    """Names a lost connection as one: then redis-py makes another and tries again.
+class _Mended:
+    """Mends how redis-py sends.
 
-    On uvloop, writing to what the server has reset is a RuntimeError (seen in the wild: MagicStack/uvloop#506).
+    A lost connection is named as one, so that it makes another and tries again: on uvloop, writing to what the
+    server has reset is a RuntimeError (seen in the wild: MagicStack/uvloop#506). And a cancellation is not lost:
+    before Python 3.12 `asyncio.wait_for`, by which it sends, may swallow one (bpo-37658).
     """
 
     async def send_packed_command(self, command: bytes | str | Iterable[bytes], check_health: bool = True) -> None:
+        task = asyncio.current_task()
+        cancellations = task.cancelling() if task else 0
         try:
             await super().send_packed_command(command, check_health)  # type: ignore[misc] # of the class it is mixed into
         except RuntimeError as error:
             raise ConnectionError("The connection was closed.") from error
+        if task and task.cancelling() > cancellations:
+            await self.disconnect(nowait=True)  # type: ignore[attr-defined] # of the class it is mixed into
+            raise asyncio.CancelledError
 
 
 def client(url: SecretStr) -> Redis:
@@ -43,7 +51,7 @@ def client(url: SecretStr) -> Redis:
         retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries=2),
     )
     pool = redis.connection_pool
-    pool.connection_class = type("Connection", (_Closed, pool.connection_class), {})
+    pool.connection_class = type("Connection", (_Mended, pool.connection_class), {})
     return redis
 
 

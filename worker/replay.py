@@ -23,8 +23,8 @@ from worker.connectors import Connector
 from worker.entries import Entry, Report, batches, envelope
 from worker.errors import Refused
 
-OURS: Final = "rollcall:"
-"""Keys that begin so are ours alone."""
+OURS: Final = ("rollcall:", "rollcall.", "unacked", "_kombu")
+"""Keys that begin so are ours alone: streams and what goes with them, and the broker's queues."""
 
 
 class Source(Protocol):
@@ -61,7 +61,7 @@ async def replay(
 
     """
     if not key.strip() or key.startswith(OURS):
-        raise Refused("argument_invalid", f"A replay goes to a stream of your own: its key must not begin with {OURS}")
+        raise Refused("argument_invalid", f"A replay goes to a stream of your own: choose a key unlike {', '.join(OURS)}")
     done = []
     for dataset in datasets:
         version, records = await source.whole(connector.id, dataset)

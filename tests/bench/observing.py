@@ -251,7 +251,7 @@ class Observing:
                 "http": http,
                 "tenants": [(t.id, str(t.connector_id), t.api_key) for t in self.tenants],
             }
-            found, _ = run_apart("tests.bench.observing:observe_all", asked, servers={})
+            found, seen = run_apart("tests.bench.observing:observe_all", asked, servers={})
             with place.redis() as redis:
                 self._check(redis, found)
         records = expected(self.simulator, self.tenants, BACKFILL_DAYS).total
@@ -261,6 +261,7 @@ class Observing:
             "first.cpu_us_per_record": found["first.cpu_s"] / records * 1e6,
             "same.parts_per_s": found["same.parts"] / found["same.seconds"],
             "same.cpu_us_per_part": found["same.cpu_s"] / found["same.parts"] * 1e6,
+            "foreign_cores": seen.foreign_cores,
         }
 
     def _check(self, redis: Redis, found: Mapping[str, float]) -> None:
@@ -286,7 +287,7 @@ class Observing:
         self.stage.note("raw stream")
         entries = 20 if self.stage.quick else 400
         with self.stage.fresh() as place:
-            found, _ = run_apart(
+            found, seen = run_apart(
                 "tests.bench.floors:stream", {"redis_url": place.redis_url, "entries": entries}, servers={}
             )
         if found["events"] != entries * EVENTS_PER_ENTRY:
@@ -295,6 +296,7 @@ class Observing:
             "first.events_per_s": found["events"] / found["write_s"],
             "read.events_per_s": found["events"] / found["read_s"],
             "bytes_per_event": found["bytes_per_event"],
+            "foreign_cores": seen.foreign_cores,
         }
 
     def fetching(self) -> Sample:
@@ -311,6 +313,7 @@ class Observing:
         return {
             "same.parts_per_s": found["requests"] / found["seconds"],
             "same.cpu_us_per_part": seen.cpu["floor"] / found["requests"] * 1e6,
+            "foreign_cores": seen.foreign_cores,
         }
 
 

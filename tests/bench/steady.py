@@ -66,7 +66,7 @@ class Steady:
         """Let the product poll; count what it finishes in the time measured."""
         with self.place.database() as database, self.place.redis() as client:
             self._reset(database)
-            for key in client.scan_iter(match="rollcall:celery:*"):
+            for key in client.scan_iter(match="rollcall.*"):
                 client.delete(key)
             with crew(self.stage, self.place, database, settings=settings) as team:
                 self.stage.note(f"{self.size.connectors} connectors: polling")
@@ -86,6 +86,7 @@ class Steady:
             "connectors_at_15_min": polls / seconds * 900,
             **seen.cpu_per(polls, scale=1e3, prefix="cpu_ms_per_poll"),
             **{f"cores_busy.{name}": spent / seconds for name, spent in seen.cpu.items()},
+            "foreign_cores": seen.foreign_cores,
             **seen.peaks(),
             "redis_bytes_per_connector.snapshots": snapshots,
         }
@@ -102,7 +103,11 @@ class Steady:
         }
         figures, seen = run_apart("tests.bench.floors:gets", asked, servers={})
         polls = figures["requests"] / figures["requests_per_poll"]
-        return {"polls_per_s": polls / figures["seconds"], **seen.cpu_per(polls, scale=1e3, prefix="cpu_ms_per_poll")}
+        return {
+            "polls_per_s": polls / figures["seconds"],
+            **seen.cpu_per(polls, scale=1e3, prefix="cpu_ms_per_poll"),
+            "foreign_cores": seen.foreign_cores,
+        }
 
     def _reset(self, database: Database) -> None:
         """Forget what an earlier measurement left under way."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ TICK_S = 5.0
 """Default of ROLLCALL_DISPATCH_INTERVAL_S."""
 QUICK_TICK_S = 1.0
 SHARE = 0.01
+IDLE_S = 10.0
+QUICK_IDLE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,7 @@ class World:
         with self.stage.fresh() as place, place.database() as database, place.redis() as client:
             register(database, self.stage.ring, self.simulator.url, self.tenants)
             with crew(self.stage, place, database, settings={"dispatch_interval_s": tick_s}) as team:
+                sample |= self._idle({**team.pids, **self.stage.servers})
                 for step in steps:
                     self.stage.note(f"{len(self.tenants)} tenants: {step.name}")
                     self.prepare(step)
@@ -109,6 +113,12 @@ class World:
                 sample |= self._figures(step, figures["seconds"], seen)
         return sample
 
+    def _idle(self, pids: Mapping[str, int]) -> Sample:
+        """Measure what waiting for work costs."""
+        with Watch(pids) as seen:
+            time.sleep(QUICK_IDLE_S if self.stage.quick else IDLE_S)
+        return seen.cpu_per(seen.seconds, scale=1e3, prefix="idle.cpu_ms_per_s")
+
     def _asked(self, place: Place, step: Step) -> dict[str, object]:
         return {
             "database_url": place.database_url,
@@ -124,6 +134,7 @@ class World:
             f"{step.name}.records": records,
             f"{step.name}.records_per_s": records / seconds,
             **seen.cpu_per(records, scale=1e6, prefix=f"{step.name}.cpu_us_per_record"),
+            f"{step.name}.foreign_cores": seen.foreign_cores,
         }
 
 

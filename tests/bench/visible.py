@@ -24,6 +24,7 @@ from tests.bench.runs import await_runs, make_due
 from tests.bench.stage import Database, Place, Stage, WrongResultError
 from tests.bench.tenants import BACKFILL_DAYS, POLL_DAYS, Shape, Tenant, populate, register, warm
 from tests.bench.truth import check
+from tests.bench.watch import Watch
 from tests.fixtures.simulator import Simulator
 from worker.plan import partition_of
 from worker.settings import Settings
@@ -187,8 +188,10 @@ class Visible:
         with self.stage.fresh() as place, place.database() as database:
             settings = Settings(database_url=SecretStr(place.database_url), redis_url=SecretStr(place.redis_url))
             configure(settings)
-            with crew(self.stage, place, database, settings={"dispatch_interval_s": self.tick_s}) as team:
-                return asyncio.run(self._follow(place, database, team))
+            ticking = {"dispatch_interval_s": self.tick_s}
+            with crew(self.stage, place, database, settings=ticking) as team, Watch({}) as seen:
+                found = asyncio.run(self._follow(place, database, team))
+        return {**found, "foreign_cores": seen.foreign_cores}
 
     async def _follow(self, place: Place, database: Database, team: Crew) -> Sample:
         seen = Seen()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ MIB = 1 << 20
 
 
 def cpu_s(pid: int) -> float:
-    """Give the CPU seconds of a process, its living descendants and the children it has waited for."""
+    """Give the CPU seconds of a process and all its descendants, those that ended included."""
     first = psutil.Process(pid)
     spent = 0.0
     for process in (*first.children(recursive=True), first):
@@ -23,8 +24,15 @@ def cpu_s(pid: int) -> float:
             times = process.cpu_times()
         except psutil.NoSuchProcess:
             continue
-        spent += times.user + times.system
-    return float(spent + times.children_user + times.children_system)  # `times` are the first one's, read last
+        # What a process has waited for counts as its own: nothing is lost or doubled when a child ends.
+        spent += times.user + times.system + times.children_user + times.children_system
+    return spent
+
+
+def machine_cpu_s() -> float:
+    """Give the CPU seconds that the whole machine has spent on anything."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - getattr(times, "iowait", 0.0) - getattr(times, "guest", 0.0))
 
 
 def rss_mib(pid: int) -> float:
@@ -39,18 +47,24 @@ def rss_mib(pid: int) -> float:
 
 
 class Watch:
-    """Measures a `with` block: `seconds`, `cpu` seconds and `peak_mib` by process name."""
+    """Measures a `with` block: `seconds`, `cpu` seconds and `peak_mib` by process name.
+
+    `foreign_cores` is how many cores were busy with what does not belong to the bench: above a few tenths, speeds
+    say little, while CPU per record still does.
+    """
 
     def __init__(self, pids: Mapping[str, int]) -> None:
         self._pids = dict(pids)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self.seconds = 0.0
+        self.foreign_cores = 0.0
         self.cpu: dict[str, float] = {}
         self.peak_mib = dict.fromkeys(self._pids, 0.0)
 
     def __enter__(self) -> Self:
         self._before = {name: cpu_s(pid) for name, pid in self._pids.items()}
+        self._others_before = machine_cpu_s() - cpu_s(os.getpid())
         self._began = time.perf_counter()
         self._thread.start()
         return self
@@ -63,6 +77,8 @@ class Watch:
         self._thread.join()
         if kind is None:
             self.cpu = {name: cpu_s(pid) - self._before[name] for name, pid in self._pids.items()}
+            others = machine_cpu_s() - cpu_s(os.getpid()) - self._others_before
+            self.foreign_cores = max(0.0, others / self.seconds)
 
     def _look(self) -> None:
         while True:

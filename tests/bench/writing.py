@@ -242,6 +242,7 @@ def _figures(what: str, phase: str, size: Size, seconds: float, seen: Watch) -> 
         f"{step}.rows": rows,
         f"{step}.rows_per_s": rows / seconds,
         **seen.cpu_per(rows, scale=1e6, prefix=f"{step}.cpu_us_per_row"),
+        f"{step}.foreign_cores": seen.foreign_cores,
     }
 
 

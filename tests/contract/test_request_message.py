@@ -23,7 +23,7 @@ from tasks import sync
 from tasks.app import SYNC, app, configure
 from worker.settings import Settings
 
-LIST = f"rollcall:celery:{SYNC}"
+LIST = f"{SYNC}"
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 ENVELOPE, PROPERTIES = (json.loads(block) for block in re.findall(r"```json\n(.*?)```", README, re.DOTALL))
 ARGUMENTS = json.loads(ENVELOPE["body"])[1]
@@ -79,7 +79,7 @@ def test_a_pushed_text_is_a_task(celery: Celery, redis_url: str, monkeypatch: py
         (message,) = receive(celery)
         assert run(message, monkeypatch) == ["request_sync"]
         assert client.llen(LIST) == 0
-        assert client.hlen("rollcall:celery:unacked") == 0
+        assert client.hlen("unacked") == 0
 
 
 def test_an_amqp_message_is_a_task(celery: Celery, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -230,7 +230,7 @@ def test_sync_asks_and_reports(shell: Shell, simulator: Simulator) -> None:
     added = add(shell, simulator)
     run = shell("sync", "main", "--kind", "reconcile")
     assert (run["status"], run["kind"], run["requested_by"]) == ("queued", "reconcile", "cli")
-    message = orjson.loads(shell.redis.lrange("rollcall:celery:rollcall.sync", 0, 0)[0])
+    message = orjson.loads(shell.redis.lrange("rollcall.sync", 0, 0)[0])
     assert message["headers"]["task"] == "rollcall.sync_connector"
     shell("sync", "main", "--kind", "reconcile", code=1)
     assert shell.reason == "already_running"

@@ -17,7 +17,7 @@ from tests.fixtures.harness import Harness, Row, Watched
 from tests.fixtures.terminal import rollcall
 from worker.stream import DEAD_LETTERS, GROUP
 
-SYNC_QUEUE: Final = "rollcall:celery:rollcall.sync"
+SYNC_QUEUE: Final = "rollcall.sync"
 
 
 async def published(harness: Harness, *watched: Watched) -> None:

@@ -156,7 +156,7 @@ async def test_an_older_redis_is_not_believed(harness: Harness, written: bool) -
 
 
 async def test_a_lost_publication_that_was_seen_is_taken_back(harness: Harness) -> None:
-    """A subscriber saw what Redis then lost and what the provider took back: the reconcile makes it replay."""
+    """A subscriber saw what Redis then lost and what the provider took back: the next sync makes it replay."""
     acme = await harness.synced()
     copy = await harness.copy_redis()
     subscriber = await harness.subscribe(acme)
@@ -167,10 +167,10 @@ async def test_a_lost_publication_that_was_seen_is_taken_back(harness: Harness) 
     harness.simulator.mutate("acme", {"op": "member_leave", "user_id": joined["user_id"]})
     await harness.tick()
     await harness.settle()
-    await harness.true(acme)
-    await harness.poll(acme, kind=RunKind.RECONCILE)
+    facts = await harness.true(acme)
     await subscriber.read()
-    assert subscriber.state == await harness.true(acme)
+    assert subscriber.breaks > 0
+    assert subscriber.state == facts
 
 
 async def test_only_a_lower_tick_means_that_redis_went_back(harness: Harness) -> None:
@@ -408,9 +408,8 @@ async def test_a_bug_in_sending_ends_the_writer(harness: Harness) -> None:
 
     writer.advance = broken
     async with asyncio.timeout(SOON_S):
-        with pytest.raises(ExceptionGroup) as failed:
+        with pytest.raises(RuntimeError, match="a bug"):
             await writer.run()
-    assert failed.value.subgroup(RuntimeError) is not None
 
 
 async def test_two_writers_share_the_work(harness: Harness) -> None:
@@ -695,6 +694,23 @@ async def test_a_stopped_redis_makes_everybody_wait(harness: Harness, stack: Emb
     await harness.settle()
     assert harness.lapses == 0
     await harness.true(acme)
+
+
+async def test_a_cancellation_is_not_lost_in_redis(harness: Harness) -> None:
+    """A call to Redis that is cancelled ends, at whatever moment: deadlines and shutdowns rely on it."""
+
+    async def calling() -> None:
+        while True:
+            await harness.redis.ping()
+
+    for moment in range(60):
+        task = asyncio.create_task(calling())
+        for _ in range(moment):
+            await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.wait([task], timeout=1)
+        assert (moment, task.cancelled()) == (moment, True)
+    assert await harness.redis.ping()
 
 
 async def test_redis_away_in_the_middle_of_an_observation_is_no_bug(harness: Harness) -> None:

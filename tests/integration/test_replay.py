@@ -168,7 +168,7 @@ async def test_a_dataset_never_observed_is_replayed_as_empty(harness: Harness) -
 async def test_our_own_keys_are_refused(harness: Harness, acme: Watched) -> None:
     """A replay writes to no stream of ours, nor over anything that is no stream."""
     await harness.runtime.redis.set("theirs", "7")
-    for key in (acme.stream, "rollcall:deadletter", "rollcall:mine", "", " ", "theirs"):
+    for key in (acme.stream, "rollcall:deadletter", "rollcall.sync", "unacked", "", " ", "theirs"):
         length = await harness.runtime.redis.xlen(acme.stream)
         with pytest.raises(Refused) as refused:
             await replayed(harness, acme, to=key)
