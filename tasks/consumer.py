@@ -26,11 +26,17 @@ SILENCE_S: Final = 12.0
 
 
 class PromptConsumer(Consumer):
-    """Celery's consumer, but quicker, and more discreet.
+    """Celery's consumer, but quicker, harder to kill, and more discreet.
 
-    A broker that returns is noticed within two seconds, not within thirty; and a message that is no task of ours
-    is rejected without its body in the log: whoever sent it may have put a key there.
+    A broker that returns is noticed within two seconds, not within thirty; a text that is no message ends nobody; and
+    a message that is no task of ours is rejected without its body in the log: whoever sent it may have put a key there.
     """
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # What is no message at all fails inside kombu, and the queue has it no more: connect anew, and go on.
+        known = super().__getattribute__("connection_errors")
+        self.connection_errors = (*known, AttributeError, KeyError, TypeError, ValueError)
 
     def ensure_connected(self, conn: Any) -> Any:
         """Connect, trying again at short, bounded intervals."""

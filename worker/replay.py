@@ -61,7 +61,9 @@ async def replay(
 
     """
     if not key.strip() or key.startswith(OURS):
-        raise Refused("argument_invalid", f"A replay goes to a stream of your own: choose a key unlike {', '.join(OURS)}")
+        raise Refused(
+            "argument_invalid", f"A replay goes to a stream of your own: choose a key unlike {', '.join(OURS)}"
+        )
     done = []
     for dataset in datasets:
         version, records = await source.whole(connector.id, dataset)

@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Final
 
@@ -55,7 +56,7 @@ class Report:
     """What a run did.
 
     `answers` are the provider's, by status (499: it hung, or sent a reset). `settle_s`: from the end of all faults
-    until everything agreed; None: it never did.
+    until everything agreed. `stuck`: what never happened after it.
     """
 
     seed: int
@@ -67,6 +68,7 @@ class Report:
     events: int = 0
     observations: int = 0
     settle_s: float | None = None
+    stuck: str | None = None
     died: list[str] = field(default_factory=list)
     errors: dict[str, int] = field(default_factory=dict)
     deadlocks: int = 0
@@ -76,7 +78,7 @@ class Report:
     @property
     def good(self) -> bool:
         """Whether every promise was kept."""
-        return self.settle_s is not None and not (self.died or self.violations or self.events_when_quiet)
+        return not (self.stuck or self.died or self.violations or self.events_when_quiet)
 
 
 class Storm:
@@ -204,9 +206,13 @@ def _settle(deployment: Deployment, report: Report) -> None:
     began = time.monotonic()
     try:
         wait_for("agreement", deployment.agrees, timeout_s=SETTLE_S)
-    except AssertionError:
+        report.settle_s = round(time.monotonic() - began, 1)
+        (row,) = deployment.rows("SELECT now() AS since")
+        # What no truth tells (the labels of usage) may follow with the next whole poll.
+        wait_for("a whole poll of everybody", lambda: _all_polled(deployment, row["since"]), timeout_s=SETTLE_S)
+    except AssertionError as error:
+        report.stuck = str(error)
         return
-    report.settle_s = round(time.monotonic() - began, 1)
     deployment.reader.drain()
     told = len(deployment.reader.said)
     time.sleep(QUIET_S)
@@ -215,6 +221,16 @@ def _settle(deployment: Deployment, report: Report) -> None:
     events = [event for told_of in late.values() for one in told_of.values() for event in one.events]
     # Labels of settled days are mended by the next reconcile, whenever that comes.
     report.events_when_quiet = sum(not event["data"].get("settled", False) for event in events)
+
+
+def _all_polled(deployment: Deployment, since: datetime) -> bool:
+    """Tell whether everybody was polled since then, from the beginning to a good end."""
+    polled = deployment.rows(
+        "SELECT count(DISTINCT connector_id) AS n FROM rollcall.sync_runs"
+        " WHERE created_at > %s AND status = 'succeeded'",
+        [since],
+    )
+    return bool(polled[0]["n"] == len(deployment.connectors))
 
 
 def _conclude(deployment: Deployment, report: Report) -> None:

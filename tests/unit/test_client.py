@@ -12,12 +12,14 @@ from unittest.mock import Mock
 
 import aiohttp
 import pytest
+import structlog
 from aioresponses import aioresponses
 from pydantic import SecretStr
 from structlog.testing import capture_logs
 from yarl import URL
 
 from schemas.connectors import Dataset
+from worker.elevenlabs import client as client_module
 from worker.elevenlabs.asking import Asked, Window, ask, probe
 from worker.elevenlabs.client import Client
 from worker.elevenlabs.protocol import Answer, Finding, Request
@@ -206,8 +208,10 @@ async def test_an_error_body_never_repeats_the_key(client: Client, web: Web) -> 
     assert (await client.send(BASE, odd, USER, deadline_s=5)).body == body
 
 
-async def test_logs_hold_path_status_and_time_only(client: Client, web: Web) -> None:
+async def test_logs_hold_path_status_and_time_only(client: Client, web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each attempt is one debug line without host, key, parameters or body."""
+    structlog.reset_defaults()  # an earlier test may have set up logging for good
+    monkeypatch.setattr(client_module, "_log", structlog.get_logger())
     web.get(URL_USER, exception=aiohttp.ClientConnectionError())
     web.get(URL_USER, body=b"{}")
     with capture_logs() as lines:

@@ -160,8 +160,8 @@ class Dispatch:
             rows = await connection.execute(
                 """
                 SELECT c.*, r.kind, r.created_at AS as_of, r.status AS run_status, now() AS now
-                FROM rollcall.sync_runs r JOIN rollcall.connectors c ON c.id = r.connector_id
-                WHERE r.id = %s AND r.status IN ('queued', 'running') FOR NO KEY UPDATE OF c
+                FROM rollcall.connectors c JOIN rollcall.sync_runs r ON c.id = r.connector_id
+                WHERE r.id = %s AND r.status IN ('queued', 'running') FOR NO KEY UPDATE
                 """,
                 [run_id],
             )
