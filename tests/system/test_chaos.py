@@ -11,7 +11,7 @@ from pprint import pformat
 import pytest
 
 from tests.fixtures.evidence import Values
-from tests.fixtures.history import check
+from tests.fixtures.history import Kind, check
 from tests.system.chaos import FIRST_SYNC_S, POLL_S, ROLES, SETTINGS, SETTLE_S, SHAPE, Changes, Storm, live
 from tests.system.deployment import deployed, wait_for
 
@@ -49,7 +49,7 @@ def retell(folder: Path, now: datetime, *, faults: bool) -> dict[str, Values]:
         for process in deployment.processes:
             process.stop()
         evidence = deployment.evidence()
-        assert check(evidence) == []
+        assert [found for found in check(evidence) if found.kind is not Kind.NOT_DONE] == []
         return {name: evidence.values[connector] for name, connector in deployment.connectors.items()}
 
 
