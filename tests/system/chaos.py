@@ -79,8 +79,8 @@ class Report:
     def good(self) -> bool:
         """Whether every promise was kept.
 
-        A part that is done although Postgres never equalled the provider is told but does not count: while a bad
-        listing's removals are held back that is right, and the history does not tell the two apart yet.
+        A part that is done although Postgres never equalled the provider is told but does not count: a valid listing
+        that lacks a few records is believed until the next one, and the history does not tell such bait apart yet.
         """
         counted = [violation for violation in self.violations if "not_done" not in str(violation)]
         return not (self.stuck or self.died or counted or self.events_when_quiet)
