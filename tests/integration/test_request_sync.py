@@ -12,6 +12,7 @@ from uuid import UUID, uuid4
 import pytest
 import redis
 
+from schemas.connectors import Dataset
 from tests.fixtures.installation import Installation, Row, installed, until
 from tests.fixtures.servers import cloned_database, revive
 from tests.fixtures.simulator import Simulator
@@ -101,6 +102,7 @@ def test_the_same_request_twice_is_one_run(place: Installation, connector: UUID)
         ask(place, connector, run_id=run_id)
     done = over(place, run_id)
     assert (done["status"], done["kind"], done["requested_by"]) == ("succeeded", "poll", "billing")
+    assert (done["parts_total"], done["parts_done"]) == (len(Dataset), len(Dataset))
     ask(place, connector, run_id=run_id)
     settle(place)
     assert run(place, run_id) == done

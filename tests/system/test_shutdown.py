@@ -120,7 +120,7 @@ def test_a_writer_finishes_its_batch(place: Installation) -> None:
     place.start("worker", "beat")
     place.rows("UPDATE rollcall.connectors SET next_sync_at = now()")
     until(lambda: len([p for p in parts(place) if p["published_at"]]) == 7 * len(ids), "all is published")
-    (writer,) = place.start("writer", writer_batch_entries=3)
+    (writer,) = place.start("writer", writer_batch_entries=1)
     place.await_row("SELECT 1 FROM rollcall.sync_parts WHERE status = 'succeeded'")
     writer.terminate()
     assert exits(writer, within_s=PROMPT_S) == 0
