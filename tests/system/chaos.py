@@ -80,7 +80,8 @@ class Report:
         """Whether every promise was kept.
 
         A part that is done although Postgres never equalled the provider is told but does not count: a valid listing
-        that was cut hides changes until the next one (its removals are held), and the history does not tell such bait apart.
+        that was cut hides changes until the next one (its removals are held), which the
+        history does not tell apart yet.
         """
         counted = [violation for violation in self.violations if "not_done" not in str(violation)]
         return not (self.stuck or self.died or counted or self.events_when_quiet)
