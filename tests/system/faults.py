@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -95,12 +95,15 @@ class Lane:
     pause_s: tuple[float, float]
 
 
-def lanes_of(deployment: Deployment, rng: random.Random) -> list[Lane]:
-    """List what may break at any time."""
+def lanes_of(deployment: Deployment, rng: random.Random, *, known: Sequence[str]) -> list[Lane]:
+    """List what may break at any time; `known` are workspaces that were synced before.
+
+    Of others a listing that is cut looks like a whole one: there is nothing yet that could be missing.
+    """
     processes = [fault for number, process in enumerate(deployment.processes) for fault in _of_process(number, process)]
     machines = [*_of_server(deployment.stack.valkey), *_of_server(deployment.stack.postgres)]
     machines += [*_of_link("redis", deployment.redis, rng), *_of_link("postgres", deployment.postgres, rng)]
-    provider = ProviderFaults(deployment, rng)
+    provider = ProviderFaults(deployment, rng, known)
     answers = [
         Fault("provider storm", 1, "provider", STORM_S, provider.storm),
         Fault("provider bait", 1, "provider", BAIT_S, provider.bait),
@@ -194,9 +197,10 @@ def _of_link(name: str, proxy: Proxy, rng: random.Random) -> list[Fault]:
 class ProviderFaults:
     """Storms that strike everybody, and baits for some workspaces."""
 
-    def __init__(self, deployment: Deployment, rng: random.Random) -> None:
+    def __init__(self, deployment: Deployment, rng: random.Random, known: Sequence[str]) -> None:
         self._deployment = deployment
         self._rng = rng
+        self._known = known
         self._baited: Counter[tuple[str, str]] = Counter()
 
     def storm(self) -> Heal:
@@ -208,7 +212,7 @@ class ProviderFaults:
 
     def bait(self) -> Heal:
         """Let one request of some workspaces get an answer that must not be believed at once."""
-        names = self._rng.sample(sorted(self._deployment.connectors), BAITED)
+        names = self._rng.sample(self._known, BAITED)
         for name in names:
             rule = self._rng.choice(BAIT)
             if self._baited[name, rule["kind"]] < BAITS:
