@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Final
 from uuid import UUID
 
@@ -28,6 +28,7 @@ BACKFILL: Final = "rollcall.backfill"
 QUEUES: Final = (DISPATCH, SYNC, FETCH, BACKFILL)
 VISIBILITY_TIMEOUT_S: Final = 3600
 """After this the broker redelivers what was never acknowledged; the ledger is much quicker, and is relied on."""
+CONNECTORS_PER_MESSAGE: Final = 8
 SOCKET_TIMEOUT_S: Final = 5.0
 """A broker that accepts but does not answer is given up after this."""
 
@@ -119,25 +120,31 @@ def _send(name: str, queue: str, **kwargs: object) -> None:
         raise TryLater("broker_unreachable", f"The broker takes no messages ({type(error).__name__}).") from error
 
 
-def task_of(sending: Sending) -> str:
+def task_of(datasets: Collection[Dataset]) -> str:
     """Name the fetch task of a message after what it mostly carries."""
-    if all(d.dimension for d in sending.datasets):
+    if all(d.dimension for d in datasets):
         return "rollcall.fetch_usage"
-    if set(sending.datasets) == {Dataset.SERVICE_ACCOUNTS}:
+    if set(datasets) == {Dataset.SERVICE_ACCOUNTS}:
         return "rollcall.fetch_service_accounts"
     return "rollcall.fetch_members"
 
 
 def send(sendings: Sequence[Sending]) -> None:
-    """Send fetch messages; blocking.
+    """Send fetch messages, each for several connectors; blocking.
+
+    A message costs the same whatever it carries, and its connectors are asked side by side.
 
     Raises:
         TryLater: the broker is away; `sendings` were not all sent (the ledger sends them again).
 
     """
-    for sending in sendings:
-        queue = FETCH if sending.kind is RunKind.POLL else BACKFILL
-        _send(task_of(sending), queue, part_ids=[str(part_id) for part_id in sending.lanes])
+    polls = [s for s in sendings if s.kind is RunKind.POLL]
+    bulk = [s for s in sendings if s.kind is not RunKind.POLL]
+    for queue, found in ((FETCH, polls), (BACKFILL, bulk)):
+        for at in range(0, len(found), CONNECTORS_PER_MESSAGE):
+            some = found[at : at + CONNECTORS_PER_MESSAGE]
+            datasets = {dataset for sending in some for dataset in sending.datasets}
+            _send(task_of(datasets), queue, part_ids=[str(part_id) for sending in some for part_id in sending.lanes])
 
 
 def send_sync(run_id: UUID) -> None:
@@ -150,8 +157,8 @@ def send_tidy() -> None:
     _send("rollcall.upkeep.tidy", DISPATCH)
 
 
-def waiting_messages() -> dict[str, int]:
-    """Count the messages waiting in each queue at the broker; blocking.
+def waiting_messages(names: Sequence[str] = QUEUES) -> dict[str, int]:
+    """Count the messages waiting in these queues at the broker; blocking.
 
     Raises:
         TryLater: the broker is away.
@@ -161,7 +168,7 @@ def waiting_messages() -> dict[str, int]:
     try:
         with app.pool.acquire(block=True, timeout=SOCKET_TIMEOUT_S) as connection:
             connection.ensure_connection(max_retries=1, timeout=SOCKET_TIMEOUT_S)
-            for name in QUEUES:
+            for name in names:
                 # Declared, not only looked for: an empty queue of Redis does not exist.
                 queue = app.amqp.queues[name].bind(connection.default_channel)
                 counts[name] = queue.queue_declare().message_count

@@ -9,7 +9,7 @@ import structlog
 
 from schemas.connectors import RunKind
 from tasks import bridge
-from tasks.app import FETCH, app, send_sync, send_tidy, waiting_messages
+from tasks.app import CONNECTORS_PER_MESSAGE, FETCH, app, send_sync, send_tidy, waiting_messages
 from tasks.sending import deliver
 from tasks.upkeep import trim_stream
 from worker import metrics
@@ -21,7 +21,7 @@ log = structlog.get_logger()
 DEADLINE_S = 60.0
 POLLS = (RunKind.POLL,)
 BULK = (RunKind.BACKFILL, RunKind.RECONCILE)
-MESSAGES_PER_SLOT = 4
+MESSAGES_PER_SLOT = 1
 """How much work may wait at the broker: enough to keep every slot busy until the next look, no more."""
 FEED_S = 0.05
 """While there is more than the queues hold, a tick goes on feeding them until the next one comes."""
@@ -39,10 +39,13 @@ async def _tick(runtime: Runtime) -> None:
     for run_id in await runtime.recovery.unplanned():
         await asyncio.to_thread(send_sync, run_id)
     until = time.monotonic() + runtime.settings.dispatch_interval_s
-    more = await _send_due(runtime)
+    waiting = await asyncio.to_thread(waiting_messages)
+    if not any(waiting.values()) and (lost := await runtime.recovery.void_unclaimed()):
+        log.warning("messages_lost", parts_due_again=lost)
+    more = await _send_due(runtime, waiting[FETCH])
     while more and time.monotonic() < until:
         await asyncio.sleep(FEED_S)
-        more = await _send_due(runtime)
+        more = await _send_due(runtime, (await asyncio.to_thread(waiting_messages, [FETCH]))[FETCH])
     for status, parts in (await runtime.recovery.open_parts()).items():
         metrics.PARTS.labels(status).set(parts)
     if await runtime.recovery.tidy_is_due():
@@ -72,13 +75,14 @@ async def _look_after_streams(runtime: Runtime) -> None:
             await trim_stream(runtime, partition)
 
 
-async def _send_due(runtime: Runtime) -> bool:
-    """Send what stalled, then what is due, no more than the queues have room for; tell whether there is more."""
+async def _send_due(runtime: Runtime, waiting: int) -> bool:
+    """Send what stalled, then what is due, no more than the queues have room for; tell whether there is more.
+
+    Room is counted in connectors, as if messages were full: `waiting` messages take it away.
+    """
     recovery, dispatch = runtime.recovery, runtime.dispatch
-    waiting = await asyncio.to_thread(waiting_messages)
-    if not any(waiting.values()) and (lost := await recovery.void_unclaimed()):
-        log.warning("messages_lost", parts_due_again=lost)
-    room = max(0, await recovery.slots() * MESSAGES_PER_SLOT - waiting[FETCH])
+    messages = await recovery.slots() * MESSAGES_PER_SLOT - waiting
+    room = max(0, messages) * CONNECTORS_PER_MESSAGE
     polls = await recovery.stalled(room, POLLS)
     bulk_room = await dispatch.bulk_room()  # apart: a backlog hides no poll, and takes none's room
     bulk = await recovery.stalled(bulk_room, BULK)

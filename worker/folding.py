@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from math import ceil
 from uuid import UUID
 
 import structlog
@@ -18,6 +19,7 @@ from worker.settings import Settings
 from worker.store.announcements import mark_published, unpublished
 from worker.store.books import PgBooks
 from worker.store.db import Connection, answering, connect
+from worker.store.workers import writers
 from worker.stream import RedisJournal, last_ids, wait_beyond
 from worker.writer import Turn, fold
 
@@ -28,6 +30,8 @@ LOCK_CLASS = 0x77726974
 BLOCK_MS = 200
 """How long an idle writer waits for news; announcements without events wait as long."""
 MAX_PAUSE_S = 5.0
+MAX_REST_S = 0.05
+"""Between two small batches; the first of them never waits."""
 
 Advance = Callable[[Sequence[UUID]], Awaitable[None]]
 
@@ -91,33 +95,41 @@ class Writer:
         random.shuffle(order)
         while not self.stop.is_set():
             worked, ends = False, await last_ids(self.redis, self.partitions)
-            for partition in order:
-                if self.stop.is_set():
-                    return
-                worked |= await self._turn(connection, books, partition)
+            share = ceil(self.partitions / max(1, await writers(connection)))
+            for at in range(0, self.partitions, share):
+                worked |= await self._turn(connection, books, order[at : at + share])
             self.progress = time.monotonic()
             if not worked:
                 await wait_beyond(self.redis, ends, block_ms=BLOCK_MS)
 
-    async def _turn(self, connection: Connection, books: PgBooks, partition: int) -> bool:
-        """Hold the partition while there is work, a second at most; tell whether there was any."""
-        if not await _lock(connection, partition):
+    async def _turn(self, connection: Connection, books: PgBooks, wanted: Sequence[int]) -> bool:
+        """Hold what is free of these partitions while there is work, a second at most; tell whether there was any."""
+        partitions = await _lock(connection, wanted)
+        if not partitions:
             return False
-        journal, turn, worked = RedisJournal(self.redis, partition), Turn(), False
-        until = time.monotonic() + self.settings.writer_turn_s
+        journals = {n: RedisJournal(self.redis, n) for n in partitions}
+        turns, worked = [Turn(journal) for journal in journals.values()], False
+        count = ceil(self.settings.writer_batch_entries / len(partitions))
+        began = time.monotonic()
+        until = began + self.settings.writer_turn_s
         try:
             while not self.stop.is_set():
-                found = await fold(journal, books, count=self.settings.writer_batch_entries, block_ms=None, turn=turn)
-                announced = await relay(connection, journal, partition)
+                found = await fold(turns, books, count=count)
+                announced = await relay(connection, journals)
                 self._ready |= books.more
                 books.more = set()
                 self._news.set()
-                worked |= found or announced
-                self.progress = time.monotonic()
-                if not found or time.monotonic() >= until:
+                worked |= bool(found) or announced
+                began, took_s = time.monotonic(), time.monotonic() - began
+                self.progress = began
+                if not found or began >= until:
                     return worked
+                if found < self.settings.writer_batch_entries:
+                    # Small batches cost a transaction each: what comes meanwhile makes the next one larger.
+                    await self._rest(min(took_s, MAX_REST_S))
+                    began = time.monotonic()
         finally:
-            await _unlock(connection, partition)
+            await _unlock(connection, partitions)
         return worked
 
     async def _rest(self, seconds: float) -> None:
@@ -128,21 +140,24 @@ class Writer:
             return
 
 
-async def relay(connection: Connection, journal: RedisJournal, partition: int) -> bool:
-    """Relay announcements in order; a crash before the mark repeats them under the same ids."""
-    waiting = await unpublished(connection, partition)
-    if waiting:
-        await journal.announce([entry for _, entry in waiting])
-        await mark_published(connection, [row_id for row_id, _ in waiting])
+async def relay(connection: Connection, journals: Mapping[int, RedisJournal]) -> bool:
+    """Relay announcements of partitions in order; a crash before the mark repeats them under the same ids."""
+    waiting = await unpublished(connection, list(journals))
+    for partition, entries in waiting.items():
+        await journals[partition].announce([entry for _, entry in entries])
+        await mark_published(connection, [row_id for row_id, _ in entries])
     return bool(waiting)
 
 
-async def _lock(connection: Connection, partition: int) -> bool:
-    rows = await connection.execute("SELECT pg_try_advisory_lock(%s, %s) AS held", [LOCK_CLASS, partition])
-    row = await rows.fetchone()
-    return bool(row and row["held"])
+async def _lock(connection: Connection, partitions: Sequence[int]) -> list[int]:
+    rows = await connection.execute(
+        "SELECT n, pg_try_advisory_lock(%s, n) AS held FROM unnest(%b::int[]) AS n", [LOCK_CLASS, list(partitions)]
+    )
+    return [row["n"] async for row in rows if row["held"]]
 
 
-async def _unlock(connection: Connection, partition: int) -> None:
+async def _unlock(connection: Connection, partitions: Sequence[int]) -> None:
     if not connection.closed:
-        await connection.execute("SELECT pg_advisory_unlock(%s, %s)", [LOCK_CLASS, partition])
+        await connection.execute(
+            "SELECT pg_advisory_unlock(%s, n) FROM unnest(%b::int[]) AS n", [LOCK_CLASS, list(partitions)]
+        )

@@ -16,7 +16,7 @@ from uuid import UUID
 
 import structlog
 
-from schemas.connectors import Dataset, RunKind
+from schemas.connectors import RunKind
 from schemas.records import Listing
 from worker import metrics
 from worker.chain import believed
@@ -58,6 +58,8 @@ USAGE_HORIZON = timedelta(days=100)
 """Usage days that are older at the time of the run are never asked again: they leave the snapshot."""
 REFUSED_WAIT_S = 1.0
 FULL_WAIT_S = 15.0
+TOGETHER_S = 0.02
+"""Connectors that end within so long of each other are settled in one transaction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,9 +101,9 @@ _RESULTS = {
 
 
 async def observe(part_ids: Sequence[UUID], ports: Ports) -> list[Result]:
-    """Observe these parts of one connector; every part succeeds, waits or fails by itself.
+    """Observe these parts; every part succeeds, waits or fails by itself, and no connector waits for another.
 
-    Parts that share a lane are asked one after the other, so a connector never has more requests in flight
+    Parts of a connector that share a lane are asked one after the other, so it never has more requests in flight
     than it has lanes.
 
     Raises:
@@ -113,37 +115,65 @@ async def observe(part_ids: Sequence[UUID], ports: Ports) -> list[Result]:
         return []
     done: set[UUID] = set()
     try:
-        results = await _lanes(claims, ports, done)
+        return await _connectors(claims, ports, done)
     except (asyncio.CancelledError, TryLater) as interruption:
         wait_s = FULL_WAIT_S if isinstance(interruption, TryLater) else 0.0
         for claim in claims:
             if claim.part_id not in done:
                 await ports.ledger.give_back(claim, "interrupted", wait_s)
         raise
-    if quiet := [r for r in results if isinstance(r, Quiet)]:
-        await ports.ledger.close_quiet(quiet)
-    if published := [r.claim for r in results if isinstance(r, Published)]:
-        await ports.ledger.published(published)
-    return results
 
 
-async def _lanes(claims: Sequence[Claim], ports: Ports, done: set[UUID]) -> list[Result]:
-    heads = await ports.snapshots.heads(claims[0].target, [c.dataset for c in claims])
-    lanes: dict[int, list[Claim]] = {}
+async def _connectors(claims: Sequence[Claim], ports: Ports, done: set[UUID]) -> list[Result]:
+    heads = await ports.snapshots.heads(claims)
+    connectors: dict[UUID, list[Claim]] = {}
     for claim in claims:
-        lanes.setdefault(claim.lane, []).append(claim)
+        connectors.setdefault(claim.target.connector_id, []).append(claim)
+    results: list[Result] = []
     try:
         async with asyncio.TaskGroup() as group:
-            running = [group.create_task(_lane(lane, heads, ports, done)) for lane in lanes.values()]
+            asking = {group.create_task(_lanes(some, heads, ports, done)) for some in connectors.values()}
+            while asking:
+                ended, asking = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+                if asking:
+                    soon, asking = await asyncio.wait(asking, timeout=TOGETHER_S)
+                    ended |= soon
+                found = [result for task in ended for result in task.result()]
+                await _settle(found, ports, done)
+                results += found
     except ExceptionGroup as failures:
         away, ours = failures.split(TryLater)
         if away is None or ours is not None:
             raise
-        raise away.exceptions[0] from None
+        raise _first(away) from None
+    order = {claim.part_id: place for place, claim in enumerate(claims)}
+    return sorted(results, key=lambda result: order[result.claim.part_id])
+
+
+def _first(failures: ExceptionGroup[TryLater]) -> TryLater:
+    first = failures.exceptions[0]
+    return _first(first) if isinstance(first, ExceptionGroup) else first
+
+
+async def _settle(results: Sequence[Result], ports: Ports, done: set[UUID]) -> None:
+    """Write what came of several connectors' parts in one transaction of each kind."""
+    if quiet := [r for r in results if isinstance(r, Quiet)]:
+        await ports.ledger.close_quiet(quiet)
+        done |= {r.claim.part_id for r in quiet}
+    if published := [r.claim for r in results if isinstance(r, Published)]:
+        await ports.ledger.published(published)
+
+
+async def _lanes(claims: Sequence[Claim], heads: Mapping[UUID, Head], ports: Ports, done: set[UUID]) -> list[Result]:
+    lanes: dict[int, list[Claim]] = {}
+    for claim in claims:
+        lanes.setdefault(claim.lane, []).append(claim)
+    async with asyncio.TaskGroup() as group:
+        running = [group.create_task(_lane(lane, heads, ports, done)) for lane in lanes.values()]
     return [result for task in running for result in task.result()]
 
 
-async def _lane(claims: Sequence[Claim], heads: Mapping[Dataset, Head], ports: Ports, done: set[UUID]) -> list[Result]:
+async def _lane(claims: Sequence[Claim], heads: Mapping[UUID, Head], ports: Ports, done: set[UUID]) -> list[Result]:
     results: list[Result] = []
     dead: Verdict | None = None
     for claim in claims:
@@ -155,7 +185,7 @@ async def _lane(claims: Sequence[Claim], heads: Mapping[Dataset, Head], ports: P
             dataset=str(claim.dataset),
         ):
             result: Result = (
-                Failure(claim, dead) if dead else await _observe_one(claim, heads.get(claim.dataset, Head()), ports)
+                Failure(claim, dead) if dead else await _observe_one(claim, heads.get(claim.part_id, Head()), ports)
             )
             if isinstance(result, Failure):
                 dead = result.verdict if result.verdict.finding in CONCLUSIVE else None

@@ -135,8 +135,8 @@ class Facts(Protocol):
 class Snapshots(Protocol):
     """What was last published, in Redis, beside the stream."""
 
-    async def heads(self, target: Target, datasets: Sequence[Dataset]) -> dict[Dataset, Head]:
-        """Read the heads of a connector's snapshots."""
+    async def heads(self, claims: Sequence[Claim]) -> dict[UUID, Head]:
+        """Read the heads of the snapshots of these parts' datasets, by part."""
 
     async def load(self, target: Target, dataset: Dataset, version: int) -> Base | None:
         """Read the snapshot of that version, None when it is not there any more."""
@@ -166,7 +166,7 @@ class Provider(Protocol):
 class Journal(Protocol):
     """A partition's stream as its writer reads it."""
 
-    async def read(self, count: int, *, block_ms: int | None) -> list[Entry]:
+    async def read(self, count: int) -> list[Entry]:
         """Read the next entries: first what is pending, then what is new."""
 
     async def acknowledge(self, ids: Sequence[str]) -> None:

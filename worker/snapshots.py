@@ -16,7 +16,7 @@ from redis.asyncio import Redis
 
 from schemas.connectors import Dataset
 from worker.entries import Entry
-from worker.ports import Base, Head, Publication, Target
+from worker.ports import Base, Claim, Head, Publication, Target
 from worker.redis import answering
 
 _PUBLISH = """
@@ -64,16 +64,16 @@ class RedisSnapshots:
         self._publish = redis.register_script(_PUBLISH)
         self._note = redis.register_script(_NOTE)
 
-    async def heads(self, target: Target, datasets: Sequence[Dataset]) -> dict[Dataset, Head]:
+    async def heads(self, claims: Sequence[Claim]) -> dict[UUID, Head]:
         """Read heads; see `worker.ports.Snapshots`."""
         with answering():
             async with self._redis.pipeline(transaction=False) as pipe:
-                for dataset in datasets:
-                    pipe.hmget(_key(target, dataset), "v", "d")
+                for claim in claims:
+                    pipe.hmget(_key(claim.target, claim.dataset), "v", "d")
                 found = await pipe.execute()
         return {
-            dataset: Head(int(v), (d or b"").decode()) if v else Head()
-            for dataset, (v, d) in zip(datasets, found, strict=True)
+            claim.part_id: Head(int(v), (d or b"").decode()) if v else Head()
+            for claim, (v, d) in zip(claims, found, strict=True)
         }
 
     async def load(self, target: Target, dataset: Dataset, version: int) -> Base | None:

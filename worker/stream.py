@@ -38,30 +38,30 @@ class RedisJournal:
         self._redis, self._key, self._consumer = redis, stream_key(partition), f"partition-{partition}"
         self._pending_after: str | None = START
 
-    async def read(self, count: int, *, block_ms: int | None) -> list[Entry]:
+    async def read(self, count: int) -> list[Entry]:
         """Read pending entries, then new ones; see `worker.ports.Journal`."""
         while self._pending_after is not None:
-            entries = await self._read(self._pending_after, count, None)
+            entries = await self._read(self._pending_after, count)
             self._pending_after = entries[-1].id if entries else None
             # Somebody deleted these while they were pending: they would be read first for ever.
             await self.acknowledge([entry.id for entry in entries if not entry.fields])
             if left := [entry for entry in entries if entry.fields]:
                 return left
-        return await self._read(">", count, block_ms)
+        return await self._read(">", count)
 
-    async def _read(self, after: str, count: int, block_ms: int | None) -> list[Entry]:
+    async def _read(self, after: str, count: int) -> list[Entry]:
         with answering():
             try:
-                found = await self._ask(after, count, block_ms)
+                found = await self._ask(after, count)
             except ResponseError as error:
                 if not str(error).startswith("NOGROUP"):
                     raise
                 await ensure_group(self._redis, self._key, GROUP)
-                found = await self._ask(after, count, block_ms)
+                found = await self._ask(after, count)
         return [Entry(fields, entry_id.decode()) for _, items in found for entry_id, fields in items]
 
-    async def _ask(self, after: str, count: int, block_ms: int | None) -> list[Any]:
-        found = await self._redis.xreadgroup(GROUP, self._consumer, {self._key: after}, count=count, block=block_ms)
+    async def _ask(self, after: str, count: int) -> list[Any]:
+        found = await self._redis.xreadgroup(GROUP, self._consumer, {self._key: after}, count=count)
         return list(found.items()) if isinstance(found, dict) else found or []
 
     async def acknowledge(self, ids: Sequence[str]) -> None:

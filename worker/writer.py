@@ -1,13 +1,14 @@
-"""Writer: fold the stream into Postgres, one partition at a time, each observation exactly once.
+"""Writer: fold the streams into Postgres, each partition by one writer at a time, each observation exactly once.
 
-A turn holds the partition's lock: read what is pending, then what is new; apply many observations in one
-transaction; acknowledge after the commit. What cannot be applied is found by halving the batch and set aside.
+A turn holds a partition's lock: read what is pending, then what is new; apply the observations of all partitions in
+hand in one transaction; acknowledge after the commit. What cannot be applied is found by halving the batch and set
+aside.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
 import structlog
@@ -21,75 +22,97 @@ log = structlog.get_logger()
 
 @dataclass(slots=True)
 class Turn:
-    """What one turn on a partition did.
+    """A turn on one partition, and what it did.
 
     `tail` is an observation whose end was not read yet, `ahead` the next batch if it was read already; both stay
     pending, and a next turn begins with them.
     """
 
+    journal: Journal
     applied: int = 0
     dead: int = 0
     tail: Sequence[Entry] = ()
     ahead: Reading | None = None
 
 
-async def fold(journal: Journal, books: Books, *, count: int, block_ms: int | None, turn: Turn) -> bool:
-    """Read and apply one batch; tell whether there was anything.
+_Batch = Sequence[tuple[Turn, Observation]]
+
+
+async def fold(turns: Sequence[Turn], books: Books, *, count: int) -> int:
+    """Read and apply one batch, at most `count` entries of each partition; give how many entries were read.
 
     Raises:
         TryLater: Postgres or Redis is not there; nothing was acknowledged that is not committed.
 
     """
-    reading = turn.ahead or await _read(journal, count, block_ms, turn.tail)
-    turn.ahead, turn.tail = None, reading.tail
-    if not reading.entries:
-        # Publishing is one step: what is not there now never comes, and the part will be fetched again.
-        await journal.acknowledge([piece.id for piece in reading.tail])
-        turn.tail = ()
-        return False
-    if reading.entries < count:
-        await _settle(reading, journal, books, turn)
-        return True
-    # There is a backlog: the next batch is read and decoded while Postgres works on this one.
-    ahead = asyncio.create_task(_read(journal, count, block_ms, reading.tail), name="read ahead")
+    readings = await _all(_next, turns, count)
+    for turn, reading in zip(turns, readings, strict=True):
+        turn.ahead, turn.tail = None, reading.tail
+        if not reading.entries:
+            # Publishing is one step: what is not there now never comes, and the part will be fetched again.
+            await turn.journal.acknowledge([piece.id for piece in reading.tail])
+            turn.tail = ()
+    # Where there is a backlog, the next batch is read and decoded while Postgres works on this one.
+    more = [turn for turn, reading in zip(turns, readings, strict=True) if reading.entries >= count]
+    ahead = asyncio.create_task(_all(_read, more, count), name="read ahead") if more else None
     try:
-        await _settle(reading, journal, books, turn)
-        turn.ahead = await ahead
+        await _settle(turns, readings, books)
+        if ahead:
+            for turn, reading in zip(more, await ahead, strict=True):
+                turn.ahead = reading
     finally:
-        ahead.cancel()
-        await asyncio.gather(ahead, return_exceptions=True)
-    return True
+        if ahead:
+            ahead.cancel()
+            await asyncio.gather(ahead, return_exceptions=True)
+    return sum(reading.entries for reading in readings)
 
 
-async def _settle(reading: Reading, journal: Journal, books: Books, turn: Turn) -> None:
-    for broken in reading.broken:
-        await journal.set_aside(broken.entries, f"unreadable:{broken.reason}")
-        turn.dead += 1
-    await _apply(reading.whole, journal, books, turn)
-    done = [entry.id for observation in reading.whole for entry in observation.entries]
-    await journal.acknowledge([*done, *reading.passed])
-    turn.applied += len(reading.whole)
+async def _next(turn: Turn, count: int) -> Reading:
+    return turn.ahead or await _read(turn, count)
 
 
-async def _read(journal: Journal, count: int, block_ms: int | None, tail: Sequence[Entry]) -> Reading:
-    entries = await journal.read(count, block_ms=block_ms)
-    reading = assemble([*tail, *entries])
+async def _read(turn: Turn, count: int) -> Reading:
+    entries = await turn.journal.read(count)
+    reading = assemble([*turn.tail, *entries])
     reading.entries = len(entries)
     return reading
 
 
-async def _apply(batch: Sequence[Observation], journal: Journal, books: Books, turn: Turn) -> None:
+async def _all(read: Callable[[Turn, int], Awaitable[Reading]], turns: Sequence[Turn], count: int) -> list[Reading]:
+    """Wait for all, so that no read goes on when one of them has failed."""
+    found = await asyncio.gather(*(read(turn, count) for turn in turns), return_exceptions=True)
+    for reading in found:
+        if isinstance(reading, BaseException):
+            raise reading
+    return [reading for reading in found if isinstance(reading, Reading)]
+
+
+async def _settle(turns: Sequence[Turn], readings: Sequence[Reading], books: Books) -> None:
+    both = list(zip(turns, readings, strict=True))
+    for turn, reading in both:
+        for broken in reading.broken:
+            await turn.journal.set_aside(broken.entries, f"unreadable:{broken.reason}")
+            turn.dead += 1
+    await _apply([(turn, observation) for turn, reading in both for observation in reading.whole], books)
+    for turn, reading in both:
+        done = [entry.id for observation in reading.whole for entry in observation.entries]
+        await turn.journal.acknowledge([*done, *reading.passed])
+        turn.applied += len(reading.whole)
+
+
+async def _apply(batch: _Batch, books: Books) -> None:
     if not batch:
         return
     try:
-        await books.apply(batch)
+        await books.apply([observation for _, observation in batch])
     except ContractBroken as error:
         if len(batch) > 1:
             half = len(batch) // 2
-            await _apply(batch[:half], journal, books, turn)
-            await _apply(batch[half:], journal, books, turn)
+            await _apply(batch[:half], books)
+            await _apply(batch[half:], books)
             return
-        log.warning("observation_set_aside", reason=error.reason, connector=str(batch[0].connector_id))
-        await books.set_aside(batch[0], error.reason)
-        await journal.set_aside(batch[0].entries, error.reason)
+        ((turn, observation),) = batch
+        log.warning("observation_set_aside", reason=error.reason, connector=str(observation.connector_id))
+        await books.set_aside(observation, error.reason)
+        await turn.journal.set_aside(observation.entries, error.reason)
         turn.dead += 1

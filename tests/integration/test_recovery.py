@@ -442,7 +442,7 @@ async def test_a_writer_killed_before_it_acknowledges_repeats_nothing(harness: H
     await fetched(harness, acme)
     books = PgBooks(harness.books_connection)
     with pytest.raises(asyncio.CancelledError):
-        await fold(Dying(harness.redis, acme.partition), books, count=200, block_ms=None, turn=Turn())
+        await fold([Turn(Dying(harness.redis, acme.partition))], books, count=200)
     pending = (await harness.redis.xpending(acme.stream, GROUP))["pending"]
     assert pending > 0
     before = await harness.rows("SELECT xmin::text, user_id FROM rollcall.members ORDER BY 2")
@@ -465,9 +465,9 @@ async def test_observations_longer_than_a_batch_are_folded_whole(
             await harness.deliver(harness.messages.popleft())
         assert await harness.redis.xlen(acme.stream) > 8
         for count in (1, 2, 3, 2):
-            journal, turn = Dying(harness.redis, acme.partition), Turn()
+            turn = Turn(Dying(harness.redis, acme.partition))
             with suppress(asyncio.CancelledError):
-                while await fold(journal, PgBooks(harness.books_connection), count=count, block_ms=None, turn=turn):
+                while await fold([turn], PgBooks(harness.books_connection), count=count):
                     pass
             members = await harness.one("SELECT count(*) AS n FROM rollcall.members")
             assert members["n"] in {0, 1_600}, "whole or not at all"
@@ -485,15 +485,7 @@ async def test_a_writer_killed_in_its_transaction_loses_nothing(harness: Harness
     doomed = await connect(harness.runtime.settings.require_database(), "doomed")
     await harness.rows("BEGIN")
     await harness.rows("LOCK TABLE rollcall.members IN ACCESS EXCLUSIVE MODE")
-    folding = asyncio.create_task(
-        fold(
-            RedisJournal(harness.redis, acme.partition),
-            PgBooks(doomed),
-            count=200,
-            block_ms=None,
-            turn=Turn(),
-        )
-    )
+    folding = asyncio.create_task(fold([Turn(RedisJournal(harness.redis, acme.partition))], PgBooks(doomed), count=200))
     waits = "SELECT 1 FROM pg_stat_activity WHERE pid = %s AND wait_event_type = 'Lock'"
     await until(lambda: harness.rows(waits, [doomed.info.backend_pid]))
     await harness.rows("SELECT pg_terminate_backend(%s)", [doomed.info.backend_pid])

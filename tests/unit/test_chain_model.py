@@ -187,9 +187,9 @@ class Story:
             actor.start(self._turn(actor, self.rng.randint(1, 4), self.rng.randint(1, 3)))
 
     async def _turn(self, actor: Actor, reads: int, count: int) -> None:
-        journal, books, turn = ModelJournal(actor), ModelBooks(actor), Turn()
+        books, turn = ModelBooks(actor), Turn(ModelJournal(actor))
         try:
-            while reads and await fold(journal, books, count=count, block_ms=None, turn=turn):
+            while reads and await fold([turn], books, count=count):
                 reads -= 1
         finally:
             if self.world.lock is actor:

@@ -111,8 +111,8 @@ class Bench:
         actor = self.world.lock = self.world.actor("writer")
 
         async def work() -> None:
-            turn = Turn()
-            while await fold(ModelJournal(actor, None), ModelBooks(actor), count=9, block_ms=None, turn=turn):
+            turn = Turn(ModelJournal(actor, None))
+            while await fold([turn], ModelBooks(actor), count=9):
                 pass
 
         actor.start(work())

@@ -34,7 +34,7 @@ class Desk:
     log: list[tuple[str, Any]] = field(default_factory=list)
     transactions: int = 0
 
-    async def read(self, count: int, *, block_ms: int | None) -> list[Entry]:  # noqa: ARG002 - the port's signature
+    async def read(self, count: int) -> list[Entry]:
         found, self.entries = self.entries[:count], self.entries[count:]
         return found
 
@@ -86,8 +86,8 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 def turn_of(desk: Desk, count: int = 100) -> Turn:
     """Fold until there is nothing more."""
-    turn = Turn()
-    while run(fold(desk, desk, count=count, block_ms=None, turn=turn)):
+    turn = Turn(desk)
+    while run(fold([turn], desk, count=count)):
         pass
     return turn
 
@@ -95,7 +95,7 @@ def turn_of(desk: Desk, count: int = 100) -> Turn:
 def test_an_empty_stream_is_nothing_to_do() -> None:
     """No transaction is opened."""
     desk = Desk()
-    assert (turn_of(desk), desk.transactions, desk.log) == (Turn(), 0, [])
+    assert (turn_of(desk), desk.transactions, desk.log) == (Turn(desk), 0, [])
 
 
 def test_many_observations_are_one_transaction_and_then_acknowledged() -> None:

@@ -14,7 +14,7 @@ import orjson
 
 from schemas.events import event_type, padded, source_of, timestamp
 from worker.entries import Entry
-from worker.store.db import Connection
+from worker.store.db import Connection, Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,36 +51,42 @@ async def announce(connection: Connection, announcements: Sequence[Announcement]
     )
 
 
-async def unpublished(connection: Connection, partition: int, *, most: int = 500) -> list[tuple[UUID, Entry]]:
-    """Read the oldest announcements of a partition that were not relayed yet, as stream entries."""
+async def unpublished(
+    connection: Connection, partitions: Sequence[int], *, most: int = 500
+) -> dict[int, list[tuple[UUID, Entry]]]:
+    """Read the oldest announcements of partitions that were not relayed yet, as stream entries, by partition."""
     rows = await connection.execute(
         """
-        SELECT id, seq, tenant_id, connector_id, type, subject, run_id, data, created_at
-        FROM rollcall.announcements WHERE partition = %s AND published_at IS NULL ORDER BY seq LIMIT %s
+        SELECT id, seq, partition, tenant_id, connector_id, type, subject, run_id, data, created_at
+        FROM rollcall.announcements WHERE partition = ANY(%b) AND published_at IS NULL ORDER BY seq LIMIT %s
         """,
-        [partition, most],
+        [list(partitions), most],
     )
-    found = []
+    found: dict[int, list[tuple[UUID, Entry]]] = {}
     async for row in rows:
-        connector = str(row["connector_id"])
-        event = {
-            "specversion": "1.0",
-            "id": str(row["id"]),
-            "source": source_of(row["tenant_id"], connector),
-            "type": row["type"],
-            "subject": row["subject"],
-            "time": timestamp(row["created_at"]),
-            "datacontenttype": "application/json",
-            "tenantid": row["tenant_id"],
-            "connectorid": connector,
-            "partitionkey": connector,
-            "sequence": padded(row["seq"]),
-            "data": row["data"],
-        }
-        if row["run_id"]:
-            event["correlationid"] = str(row["run_id"])
-        found.append((row["id"], Entry({b"ce": orjson.dumps([event]), b"connector": connector.encode()})))
+        found.setdefault(row["partition"], []).append((row["id"], _entry(row)))
     return found
+
+
+def _entry(row: Row) -> Entry:
+    connector = str(row["connector_id"])
+    event = {
+        "specversion": "1.0",
+        "id": str(row["id"]),
+        "source": source_of(row["tenant_id"], connector),
+        "type": row["type"],
+        "subject": row["subject"],
+        "time": timestamp(row["created_at"]),
+        "datacontenttype": "application/json",
+        "tenantid": row["tenant_id"],
+        "connectorid": connector,
+        "partitionkey": connector,
+        "sequence": padded(row["seq"]),
+        "data": row["data"],
+    }
+    if row["run_id"]:
+        event["correlationid"] = str(row["run_id"])
+    return Entry({b"ce": orjson.dumps([event]), b"connector": connector.encode()})
 
 
 async def mark_published(connection: Connection, ids: Sequence[UUID]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from datetime import date, timedelta
 from uuid import UUID
@@ -54,7 +55,6 @@ class PgLedger:
 
     async def claim(self, part_ids: Sequence[UUID]) -> list[Claim]:
         """Claim the parts that may be asked now; see `worker.ports.Ledger`."""
-        lease = timedelta(seconds=self._lease_s + self._request_s * len(part_ids))
 
         async def work(connection: Connection) -> list[Claim]:
             rows = await (await connection.execute(_CLAIM, [list(part_ids)])).fetchall()
@@ -72,6 +72,8 @@ class PgLedger:
             claims = {r["id"]: _claim(r) for r in fit}
             if not claims:
                 return []
+            one_by_one = max(Counter((c.target.connector_id, c.lane) for c in claims.values()).values())
+            lease = timedelta(seconds=self._lease_s + self._request_s * one_by_one)
             won = await connection.execute(
                 """
                 WITH n AS (SELECT * FROM unnest(%b::uuid[], %b::uuid[], %b::text[], %b::bigint[])

@@ -30,3 +30,12 @@ async def leave(db: Database, name: str) -> None:
         await connection.execute("DELETE FROM rollcall.workers WHERE name = %s", [name])
 
     await db.statement(work)
+
+
+async def writers(connection: Connection) -> int:
+    """Count the writers whose hearts beat: they share the partitions."""
+    rows = await connection.execute(
+        "SELECT count(*) AS n FROM rollcall.workers WHERE role = 'writer' AND seen_at > now() - interval '60 seconds'"
+    )
+    row = await rows.fetchone()
+    return int(row["n"]) if row else 0
