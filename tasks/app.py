@@ -16,7 +16,7 @@ from kombu.exceptions import OperationalError
 from schemas.connectors import Dataset, RunKind
 from schemas.messages import MESSAGE_VERSION
 from worker.errors import TryLater
-from worker.plan import Sending
+from worker.plan import Sending, messages
 from worker.settings import Settings
 
 log = structlog.get_logger()
@@ -28,7 +28,6 @@ BACKFILL: Final = "rollcall.backfill"
 QUEUES: Final = (DISPATCH, SYNC, FETCH, BACKFILL)
 VISIBILITY_TIMEOUT_S: Final = 3600
 """After this the broker redelivers what was never acknowledged; the ledger is much quicker, and is relied on."""
-CONNECTORS_PER_MESSAGE: Final = 8
 SOCKET_TIMEOUT_S: Final = 5.0
 """A broker that accepts but does not answer is given up after this."""
 
@@ -132,19 +131,14 @@ def task_of(datasets: Collection[Dataset]) -> str:
 def send(sendings: Sequence[Sending]) -> None:
     """Send fetch messages, each for several connectors; blocking.
 
-    A message costs the same whatever it carries, and its connectors are asked side by side.
-
     Raises:
         TryLater: the broker is away; `sendings` were not all sent (the ledger sends them again).
 
     """
-    polls = [s for s in sendings if s.kind is RunKind.POLL]
-    bulk = [s for s in sendings if s.kind is not RunKind.POLL]
-    for queue, found in ((FETCH, polls), (BACKFILL, bulk)):
-        for at in range(0, len(found), CONNECTORS_PER_MESSAGE):
-            some = found[at : at + CONNECTORS_PER_MESSAGE]
-            datasets = {dataset for sending in some for dataset in sending.datasets}
-            _send(task_of(datasets), queue, part_ids=[str(part_id) for sending in some for part_id in sending.lanes])
+    for message in messages(sendings):
+        queue = FETCH if message[0].kind is RunKind.POLL else BACKFILL
+        datasets = {dataset for sending in message for dataset in sending.datasets}
+        _send(task_of(datasets), queue, part_ids=[str(part_id) for sending in message for part_id in sending.lanes])
 
 
 def send_sync(run_id: UUID) -> None:
@@ -157,7 +151,7 @@ def send_tidy() -> None:
     _send("rollcall.upkeep.tidy", DISPATCH)
 
 
-def waiting_messages(names: Sequence[str] = QUEUES) -> dict[str, int]:
+def waiting_messages(names: Sequence[str]) -> dict[str, int]:
     """Count the messages waiting in these queues at the broker; blocking.
 
     Raises:

@@ -9,11 +9,11 @@ import structlog
 
 from schemas.connectors import RunKind
 from tasks import bridge
-from tasks.app import CONNECTORS_PER_MESSAGE, FETCH, app, send_sync, send_tidy, waiting_messages
+from tasks.app import BACKFILL, FETCH, app, send_sync, send_tidy, waiting_messages
 from tasks.sending import deliver
 from tasks.upkeep import trim_stream
 from worker import metrics
-from worker.plan import Sending
+from worker.plan import CONNECTORS_PER_MESSAGE, Sending
 from worker.stream import backlog, tick
 from worker.wiring import Runtime
 
@@ -39,9 +39,10 @@ async def _tick(runtime: Runtime) -> None:
     for run_id in await runtime.recovery.unplanned():
         await asyncio.to_thread(send_sync, run_id)
     until = time.monotonic() + runtime.settings.dispatch_interval_s
-    waiting = await asyncio.to_thread(waiting_messages)
-    if not any(waiting.values()) and (lost := await runtime.recovery.void_unclaimed()):
-        log.warning("messages_lost", parts_due_again=lost)
+    waiting = await asyncio.to_thread(waiting_messages, [FETCH, BACKFILL])
+    for queue, kinds in ((FETCH, POLLS), (BACKFILL, BULK)):
+        if not waiting[queue] and (lost := await runtime.recovery.void_unclaimed(kinds)):
+            log.warning("messages_lost", parts_due_again=lost)
     more = await _send_due(runtime, waiting[FETCH])
     while more and time.monotonic() < until:
         await asyncio.sleep(FEED_S)
@@ -92,4 +93,5 @@ async def _send_due(runtime: Runtime, waiting: int) -> bool:
     if most > 0:
         due = await dispatch.due(most)
         await deliver(dispatch, due)
-    return bool(bulk) or not bulk_room or len(polls) >= room or len(due) >= most
+    sent = len(bulk) + sum(sending.kind in BULK for sending in due)
+    return sent >= bulk_room or len(polls) >= room or len(due) >= most

@@ -14,6 +14,8 @@ PLAN_RECHECK = timedelta(days=1)
 RECONCILE_DAYS = 30
 LANES = (1, 2)
 """A connector's places for a request in flight: the provider's other traffic is never displaced by more."""
+CONNECTORS_PER_MESSAGE = 4
+"""Whose parts travel in one message: more would save little, and all their answers are in memory at once."""
 _PRIORITY = {RunKind.POLL: 0, RunKind.RECONCILE: 1, RunKind.BACKFILL: 2}
 
 
@@ -131,7 +133,7 @@ class OpenPart:
 
 @dataclass(frozen=True, slots=True)
 class Sending:
-    """Parts of one connector that travel in one message, each with the lane it will hold."""
+    """Parts of one connector that travel together, each with the lane it will hold."""
 
     connector_id: UUID
     kind: RunKind
@@ -163,6 +165,20 @@ def pick(connector_id: UUID, parts: Sequence[OpenPart], *, now: datetime, allow_
         return None
     kind = min((p.kind for p in ready), key=_PRIORITY.__getitem__)
     return _spread(connector_id, kind, _one_each(p for p in ready if p.kind is kind), free)
+
+
+def messages(sendings: Sequence[Sending]) -> list[list[Sending]]:
+    """Group what travels together: a message costs the same whatever it carries, and its connectors are asked at once.
+
+    Polls never share a message with backfills and reconciles.
+    """
+    polls = [sending for sending in sendings if sending.kind is RunKind.POLL]
+    bulk = [sending for sending in sendings if sending.kind is not RunKind.POLL]
+    return [
+        some[at : at + CONNECTORS_PER_MESSAGE]
+        for some in (polls, bulk)
+        for at in range(0, len(some), CONNECTORS_PER_MESSAGE)
+    ]
 
 
 def _one_each(parts: Iterable[OpenPart]) -> list[OpenPart]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from pydantic import SecretStr
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import BusyLoadingError, ConnectionError, RedisError, ResponseError, TimeoutError  # noqa: A004 - the driver's names
@@ -16,7 +16,9 @@ from worker.errors import TryLater
 
 SOCKET_TIMEOUT_S = 5.0
 """A server that accepts but does not answer is given up after this; blocking reads stay well below."""
-MAX_CONNECTIONS = 200
+MAX_CONNECTIONS = 64
+"""Who finds all of them in use waits for one."""
+POOL_WAIT_S = 10.0
 
 
 class _Mended:
@@ -41,18 +43,18 @@ class _Mended:
 
 def client(url: SecretStr) -> Redis:
     """Make a client; it connects when first used. Whoever makes it closes it (`aclose`)."""
-    redis = Redis.from_url(
+    pool = BlockingConnectionPool.from_url(
         url.get_secret_value(),
         socket_timeout=SOCKET_TIMEOUT_S,
         socket_connect_timeout=SOCKET_TIMEOUT_S,
         socket_keepalive=True,
         health_check_interval=10,
         max_connections=MAX_CONNECTIONS,
+        timeout=POOL_WAIT_S,
         retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries=2),
     )
-    pool = redis.connection_pool
     pool.connection_class = type("Connection", (_Mended, pool.connection_class), {})
-    return redis
+    return Redis.from_pool(pool)
 
 
 @contextmanager

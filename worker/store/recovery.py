@@ -78,15 +78,15 @@ class Recovery:
         return await self._db.transaction(work)
 
     async def bury(self) -> int:
-        """Make due what silent workers had claimed; if one was only slow, a fetch is spent, no fact."""
+        """Make due what silent or gone workers had claimed; if one was only slow, a fetch is spent, no fact."""
         return int(
             await self._one(
                 """
                 WITH dead AS (
                     UPDATE rollcall.sync_parts p SET status = 'waiting', lane = NULL, lease_until = NULL
-                    FROM rollcall.workers w
-                    WHERE p.status = 'running' AND p.published_at IS NULL AND p.worker = w.name
-                      AND w.seen_at < now() - %s
+                    WHERE p.status = 'running' AND p.published_at IS NULL AND NOT EXISTS (
+                        SELECT 1 FROM rollcall.workers w WHERE w.name = p.worker AND w.seen_at >= now() - %s
+                    )
                     RETURNING p.connector_id, p.dataset, p.claimed
                 ), freed AS (
                     UPDATE rollcall.connector_access a SET lease_until = NULL FROM dead
@@ -98,18 +98,20 @@ class Recovery:
             )
         )
 
-    async def void_unclaimed(self) -> int:
-        """While no message waits at the broker: parts that were sent a while ago have lost theirs."""
+    async def void_unclaimed(self, kinds: Collection[RunKind]) -> int:
+        """While no message for these kinds waits at the broker: parts that were sent a while ago have lost theirs."""
         return int(
             await self._one(
                 """
                 WITH lost AS (
                     UPDATE rollcall.sync_parts SET lane = NULL, lease_until = NULL
-                    WHERE status = 'queued' AND lane IS NOT NULL AND lease_until < now() + %s::interval - %s::interval
+                    WHERE status = 'queued' AND kind = ANY(%s) AND lane IS NOT NULL
+                      AND lease_until < now() + %s::interval - %s::interval
                     RETURNING 1
                 )
                 SELECT count(*) FROM lost
                 """,
+                [str(kind) for kind in kinds],
                 SENT_LEASE,
                 SILENCE,
             )

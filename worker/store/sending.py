@@ -236,39 +236,45 @@ class Dispatch:
             if sending is not None:
                 room -= sending.kind is not RunKind.POLL
                 sendings.append(sending)
-        lanes = {part_id: lane for s in sendings for part_id, lane in s.lanes.items()}
-        if lanes:
+        # Leases of one message end together, those of two do not: so messages can be counted.
+        sent = [
+            (part_id, lane, SENT_LEASE + n * timedelta.resolution)
+            for n, message in enumerate(plan.messages(sendings))
+            for sending in message
+            for part_id, lane in sending.lanes.items()
+        ]
+        if sent:
             await connection.execute(
                 """
-                UPDATE rollcall.sync_parts p SET status = 'queued', lane = n.lane, lease_until = now() + %b
-                FROM unnest(%b::uuid[], %b::smallint[]) AS n (id, lane) WHERE p.id = n.id
+                UPDATE rollcall.sync_parts p SET status = 'queued', lane = n.lane, lease_until = now() + n.lease
+                FROM unnest(%b::uuid[], %b::smallint[], %b::interval[]) AS n (id, lane, lease) WHERE p.id = n.id
                 """,
-                [SENT_LEASE, list(lanes), list(lanes.values())],
+                [[part_id for part_id, _, _ in sent], [lane for _, lane, _ in sent], [lease for _, _, lease in sent]],
             )
         return sendings
 
     async def bulk_room(self) -> int:
-        """Count the messages of backfills and reconciles that may leave now; others may take the room meanwhile."""
+        """Count the connectors whose backfills and reconciles may be asked now; others may take the room meanwhile."""
         return await self._db.statement(_bulk_room)
 
 
 async def _bulk_room(connection: Connection) -> int:
-    """Count the messages of backfills and reconciles that may still leave: half of all slots, at least one.
+    """Count the connectors whose backfills and reconciles may still leave: full messages for half of all slots.
 
-    Parts of one message are sent, and later claimed, in one transaction: their leases end at the same moment, those
-    of two messages do not.
+    Parts of one message are claimed in one transaction: as when they were sent, their leases end at the same moment,
+    and those of two messages do not.
     """
     rows = await connection.execute(
         """
         SELECT greatest(1, (SELECT coalesce(sum(slots), 0) FROM rollcall.workers
                             WHERE seen_at > now() - interval '60 seconds') / 2)
-               - (SELECT count(DISTINCT (connector_id, lease_until)) FROM rollcall.sync_parts
+               - (SELECT count(DISTINCT lease_until) FROM rollcall.sync_parts
                   WHERE kind <> 'poll' AND lane IS NOT NULL AND lease_until > now()
                     AND status IN ('queued', 'running')) AS room
         """
     )
     row = await rows.fetchone()
-    return max(0, int(row["room"])) if row else 0
+    return max(0, int(row["room"])) * plan.CONNECTORS_PER_MESSAGE if row else 0
 
 
 def _any_bulk(by_connector: Mapping[UUID, Sequence[Row]]) -> bool:
