@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
+from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from typing import Any
+from uuid import UUID
 
 import pytest
 from psycopg import sql
@@ -14,9 +17,13 @@ from schemas.connectors import Dataset, RunKind
 from tests.fixtures.harness import Harness, Watched
 from tests.fixtures.states import PLACES
 from worker.dev.simulator.random_changes import MAKERS
+from worker.elevenlabs.asking import Asked, Asking
+from worker.observe import observe
+from worker.ports import Target
 
 KINDS = [kind for kind in MAKERS if kind != "usage_remove_day"]
 """Random changes that no guard holds back; what empties a whole day is tested with the holds."""
+SOON_S = 20.0
 FACT_TABLES = (*(table for table, _, _ in PLACES.values()), "credit_usage", "usage_coverage")
 SPELLINGS: list[dict[str, Any]] = [
     {"credits_column": "total_usage"},
@@ -334,3 +341,37 @@ async def test_api_key_use(harness: Harness) -> None:
             assert row["credits_30d"] == sum(amount for d, amount in used.items() if d in month)
     assert found.keys() >= {unused["key_id"], made["key_id"]}
     assert (found[made["key_id"]]["last_used_on"], found[made["key_id"]]["credits_30d"]) == (None, 0)
+
+
+@dataclass
+class Slow:
+    """The provider, but who asks for this connector waits until `go`."""
+
+    inner: Any
+    connector: UUID
+    go: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def converse(self, target: Target, asking: Asking) -> Asked:
+        if target.connector_id == self.connector:
+            await self.go.wait()
+        asked: Asked = await self.inner.converse(target, asking)
+        return asked
+
+
+async def test_connectors_of_one_message_do_not_wait_for_each_other(harness: Harness) -> None:
+    """A connector whose provider hangs holds nobody up: the others are settled, and the rest when it answers."""
+    acme, busy = await harness.synced(), await harness.synced("busy", tenant="other")
+    await harness.make_due(acme)
+    await harness.make_due(busy)
+    await harness.tick()
+    parts = [part_id for message in harness.messages for part_id in message.lanes]
+    harness.messages.clear()
+    slow = Slow(harness.runtime.ports.provider, busy.id)
+    observing = asyncio.create_task(observe(parts, replace(harness.runtime.ports, provider=slow)))
+    async with asyncio.timeout(SOON_S):
+        while (await harness.runs(acme))[-1]["status"] != "succeeded":  # noqa: ASYNC110 - Postgres rings no bell
+            await asyncio.sleep(0.01)
+    assert (await harness.runs(busy))[-1]["status"] == "running"
+    slow.go.set()
+    assert len(await observing) == len(parts)
+    assert (await harness.runs(busy))[-1]["status"] == "succeeded"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -23,6 +23,7 @@ from worker.folding import LOCK_CLASS
 from worker.observe import observe
 from worker.store.books import PgBooks
 from worker.store.db import connect
+from worker.store.workers import leave
 from worker.stream import DEAD_LETTERS, GROUP, RedisJournal
 from worker.wiring import process_name
 from worker.writer import Turn, fold
@@ -258,21 +259,24 @@ async def test_a_killed_fetcher_is_followed_by_another(harness: Harness) -> None
     await harness.agree(acme)
 
 
-async def test_parts_of_a_silent_worker_are_due_at_once(harness: Harness) -> None:
-    """What a worker had claimed whose heart stopped beating is asked by others, long before its lease is over."""
+@pytest.mark.parametrize("gone", [False, True])
+async def test_parts_of_a_silent_worker_are_due_at_once(harness: Harness, gone: bool) -> None:
+    """What a worker had claimed that fell silent, or left, is asked by others, long before its lease is over."""
     acme = await harness.synced()
     await change(harness, 1)
     await harness.make_due(acme)
     await harness.tick()
     claims = await harness.runtime.ports.ledger.claim(list(harness.messages.popleft().lanes))
     assert len(claims) == len(Dataset)
-    heart = (
-        "INSERT INTO rollcall.workers (name, role, seen_at) VALUES (%s, 'worker', now() - %s) ON CONFLICT DO NOTHING"
+    await harness.rows(
+        "INSERT INTO rollcall.workers (name, role, seen_at) VALUES ('somebody else', 'worker', now() - interval '1 h')"
     )
-    await harness.rows(heart, ["somebody else", timedelta(minutes=5)])
     await harness.tick()
     assert not harness.messages
-    await harness.rows(heart, [process_name(), timedelta(minutes=5)])
+    if gone:
+        await leave(harness.runtime.db, process_name())
+    else:
+        await harness.rows("UPDATE rollcall.workers SET seen_at = now() - interval '5 minutes'")
     await harness.tick()
     assert harness.messages
     await harness.settle()

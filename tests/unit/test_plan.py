@@ -11,13 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.connectors import DIRECTORY, USAGE, Access, Dataset, RunKind, Status, StatusReason
+from schemas.messages import Fetch
 from worker.plan import (
+    CONNECTORS_PER_MESSAGE,
     LANES,
     RECONCILE_DAYS,
     AccessRow,
     Calendar,
     OpenPart,
     PlannedPart,
+    Sending,
+    messages,
     next_due,
     next_probe,
     partition_of,
@@ -102,6 +106,20 @@ def test_polls_go_first(parts: list[OpenPart], allow_bulk: bool) -> None:
         assert sending is not None
         assert sending.kind is kinds[0]
         assert {part.kind for part in parts if part.id in sending.lanes} == {kinds[0]}
+
+
+@given(st.lists(st.sampled_from(RunKind)))
+def test_connectors_share_messages(kinds: list[RunKind]) -> None:
+    """Everybody travels once, in order; polls never beside others; full messages; and the largest is a valid one."""
+    lanes = [{UUID(int=1_000 * n + place): 1 for place in range(len(Dataset))} for n in range(len(kinds))]
+    sent = [Sending(UUID(int=n), kind, lanes[n], tuple(Dataset)) for n, kind in enumerate(kinds)]
+    found = messages(sent)
+    for polls in (True, False):
+        mine = [message for message in found if (message[0].kind is RunKind.POLL) is polls]
+        assert [s for message in mine for s in message] == [s for s in sent if (s.kind is RunKind.POLL) is polls]
+        assert all(len(message) == CONNECTORS_PER_MESSAGE for message in mine[:-1])
+    for message in found:
+        Fetch(part_ids=[part_id for sending in message for part_id in sending.lanes])
 
 
 @given(open_parts())

@@ -186,3 +186,28 @@ def test_the_end_of_an_observation_alone_is_not_applied() -> None:
     turn_of(desk)
     assert desk.done("applied") == [2]
     assert sorted(desk.done("acknowledged")) == ["1-1", "2-0"]
+
+
+def test_partitions_are_applied_together() -> None:
+    """One transaction for all partitions in hand; each journal acknowledges its own, poison is its own too."""
+    desk, other = Desk(written(1)), Desk([*written(2), *written(3)])
+    books = Desk(poison=frozenset({2}))
+    turns = [Turn(desk), Turn(other)]
+    assert [run(fold(turns, books, count=9)), run(fold(turns, books, count=9))] == [3, 0]
+    assert books.done("applied") == [1, 3]
+    assert (desk.log, turns[0].dead) == ([("acknowledged", "1-0")], 0)
+    assert (other.done("dead unwritable"), turns[1].dead) == (["2-0"], 1)
+    assert other.done("acknowledged") == ["2-0", "3-0"]
+
+
+def test_a_partition_that_cannot_be_read_leaves_the_others_pending() -> None:
+    """Nothing is acknowledged that is not committed, in no partition."""
+
+    class Broken(Desk):
+        async def read(self, count: int) -> list[Entry]:  # noqa: ARG002 - the port's signature
+            raise TryLater("redis_unreachable")
+
+    desk = Desk(written(1))
+    with pytest.raises(TryLater):
+        run(fold([Turn(desk), Turn(Broken())], desk, count=9))
+    assert desk.log == []
