@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from enum import StrEnum
+from functools import cached_property
 from http import HTTPStatus
 from importlib.metadata import PackageNotFoundError, version
 from ipaddress import IPv4Network, ip_address
@@ -52,13 +53,24 @@ class Request:
     body: bytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
+NO_JSON: Final = object()
+
+
+@dataclass(frozen=True)
 class Answer:
     """One answer of the provider: header names in lower case, `body` decompressed."""
 
     status: int
     headers: Mapping[str, str]
     body: bytes
+
+    @cached_property
+    def document(self) -> object:
+        """The body as JSON, read once however often the answer is judged; `NO_JSON` when it is none."""
+        try:
+            return orjson.loads(self.body)
+        except orjson.JSONDecodeError:
+            return NO_JSON
 
 
 class Finding(StrEnum):
@@ -102,7 +114,6 @@ class Verdict:
 
 OK_VERDICT: Final = Verdict(Finding.OK, "ok", "")
 _UNPARSEABLE: Final = Verdict(Finding.TRANSIENT, "unparseable", "The answer is no complete JSON")
-_NO_JSON: Final = object()
 
 _Meaning = tuple[Finding, str]
 
@@ -176,13 +187,13 @@ def classify(answer: Answer, now: datetime | None = None) -> Verdict:
         now: aware time, needed only to read a retry wait given as a date.
 
     """
-    document = _json(answer.body)
+    document = answer.document
     if answer.status // 100 == 2:  # noqa: PLR2004 - the class of success
-        return OK_VERDICT if document is not _NO_JSON else _UNPARSEABLE
+        return OK_VERDICT if document is not NO_JSON else _UNPARSEABLE
     envelope = parse_error(document)
     problem = envelope.problem if envelope else Problem()
     said = redact((problem.message or "")[:_READ_CHARS])
-    finding, reason = _meaning(answer.status, problem, said, is_json=document is not _NO_JSON)
+    finding, reason = _meaning(answer.status, problem, said, is_json=document is not NO_JSON)
     return Verdict(
         finding,
         reason,
@@ -191,13 +202,6 @@ def classify(answer: Answer, now: datetime | None = None) -> Verdict:
         retry_after_s=retry_after_s(answer.headers, now),
         request_id=_request_id(problem.request_id) or _request_id(answer.headers.get("x-trace-id")),
     )
-
-
-def _json(body: bytes) -> object:
-    try:
-        return orjson.loads(body)
-    except orjson.JSONDecodeError:
-        return _NO_JSON
 
 
 def _meaning(http: int, problem: Problem, said: str, *, is_json: bool) -> _Meaning:
