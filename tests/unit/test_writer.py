@@ -149,7 +149,7 @@ def test_unreadable_entries_are_set_aside_and_the_rest_applied() -> None:
     broken = Entry({**entry.fields, b"ce": b"no json"}, entry.id)
     desk = Desk([*written(1), broken, *written(3)])
     assert turn_of(desk).dead == 1
-    assert desk.done("dead unreadable:JSONDecodeError") == ["2-0"]
+    assert desk.done("dead unreadable:DecodeError") == ["2-0"]
     assert desk.done("applied") == [1, 3]
     assert desk.done("failed") == []
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import date
 from typing import Any
 from uuid import UUID
 
 import orjson
+from psycopg import sql
 
 from schemas.connectors import Dataset
 from schemas.records import Listing, Record
@@ -17,10 +18,9 @@ from worker.entries import Observation
 from worker.errors import ContractBroken
 from worker.ports import Base
 from worker.store.db import Connection, Database
-from worker.store.tables import OF_DATASET, TABLES, Table, record_of, wire_type
+from worker.store.staging import Stage
+from worker.store.tables import JSON_TYPES, OF_DATASET, TABLES, Table, record_of
 from worker.usage import usage_day
-
-BATCH_ROWS = 5_000
 
 
 class PgFacts:
@@ -159,29 +159,27 @@ async def _write_records(
 ) -> None:
     gone = [(o, key) for o, key, data in changes if data["after"] is None]
     kept = [(o, key, data["after"]) for o, key, data in changes if data["after"] is not None]
-    for batch in _batches(kept):
-        columns = [[_to_wire(c.type, r[c.name]) for _, _, r in batch] for c in table.columns]
-        await connection.execute(
-            table.upsert,
-            [
-                [tenants[o.connector_id] for o, _, _ in batch],
-                [o.connector_id for o, _, _ in batch],
-                [o.sequence for o, _, _ in batch],
-                [key for _, key, _ in batch],
-                *columns,
-            ],
+    json = [(c.name, c.type in JSON_TYPES) for c in table.columns]
+    rows = [
+        (
+            tenants[o.connector_id],
+            o.connector_id,
+            o.sequence,
+            key,
+            *[_to_json(record[name]) if as_json else record[name] for name, as_json in json],
         )
-    for removed in _batches(gone):
+        for o, key, record in kept
+    ]
+    await table.upsert.run(connection, rows)
+    if gone:
         await connection.execute(
             table.remove,
-            [[o.connector_id for o, _ in removed], [o.sequence for o, _ in removed], [k for _, k in removed]],
+            [[o.connector_id for o, _ in gone], [o.sequence for o, _ in gone], [k for _, k in gone]],
         )
 
 
-def _to_wire(kind: str, value: Any) -> Any:
-    if value is None or wire_type(kind) != "text" or kind in {"text", "timestamptz"}:
-        return value
-    return orjson.dumps(value).decode()
+def _to_json(value: Any) -> str | None:
+    return None if value is None else orjson.dumps(value).decode()
 
 
 async def _write_workspaces(connection: Connection, changes: Sequence[tuple[Observation, str, dict[str, Any]]]) -> None:
@@ -202,63 +200,78 @@ async def _write_usage(
     tenants: dict[UUID, str],
 ) -> None:
     days = [(o, data["dimension"], date.fromisoformat(data["bucket_start"]), data) for o, _, data in changes]
-    for some in _batches(days):
-        await _replace_days(connection, some, tenants)
-
-
-async def _replace_days(
-    connection: Connection,
-    days: Sequence[tuple[Observation, str, date, Record]],
-    tenants: dict[UUID, str],
-) -> None:
-    """Write whole days: every row of the day, then away with what the day no longer has."""
-    rows = [(o, dimension, day, row) for o, dimension, day, data in days for row in data["rows"]]
-    for batch in _batches(rows):
-        await connection.execute(
-            """
-            INSERT INTO rollcall.credit_usage
-                (tenant_id, connector_id, dimension, bucket_start, bucket_key, unit, label, amount, version)
-            SELECT t, c, d, b, k, u, l, a::numeric, v
-            FROM unnest(%b::text[], %b::uuid[], %b::text[], %b::date[], %b::text[], %b::text[], %b::text[],
-                        %b::text[], %b::bigint[]) AS n (t, c, d, b, k, u, l, a, v)
-            ON CONFLICT (connector_id, dimension, bucket_start, bucket_key, unit) DO UPDATE SET
-                label = excluded.label, amount = excluded.amount, version = excluded.version
-            """,
-            [
-                [tenants[o.connector_id] for o, _, _, _ in batch],
-                [o.connector_id for o, _, _, _ in batch],
-                [dimension for _, dimension, _, _ in batch],
-                [day for _, _, day, _ in batch],
-                [row["key"] for _, _, _, row in batch],
-                [row["unit"] for _, _, _, row in batch],
-                [row["label"] for _, _, _, row in batch],
-                [row["amount"] for _, _, _, row in batch],
-                [o.sequence for o, _, _, _ in batch],
-            ],
+    rows = [
+        (
+            tenants[o.connector_id],
+            o.connector_id,
+            dimension,
+            day,
+            row["key"],
+            row["unit"],
+            row["label"],
+            row["amount"],
+            o.sequence,
         )
-    await connection.execute(
+        for o, dimension, day, data in days
+        for row in data["rows"]
+    ]
+    await _ROWS.run(connection, rows)
+    await _DAYS.run(
+        connection,
+        [
+            (
+                o.connector_id,
+                tenants[o.connector_id],
+                dimension,
+                day,
+                "complete" if data["settled"] else "provisional",
+                o.sequence,
+            )
+            for o, dimension, day, data in days
+        ],
+    )
+
+
+_ROWS = Stage(
+    "staged_usage",
+    (
+        ("t", "text"),
+        ("c", "uuid"),
+        ("d", "text"),
+        ("b", "date"),
+        ("k", "text"),
+        ("u", "text"),
+        ("l", "text"),
+        ("a", "text"),
+        ("v", "bigint"),
+    ),
+    sql.SQL(
         """
-        WITH n AS (SELECT * FROM unnest(%b::uuid[], %b::text[], %b::text[], %b::date[], %b::text[], %b::bigint[])
-                   AS n (c, t, d, b, s, v)),
+        INSERT INTO rollcall.credit_usage
+            (tenant_id, connector_id, dimension, bucket_start, bucket_key, unit, label, amount, version)
+        SELECT t, c, d, b, k, u, l, a::numeric, v FROM {source}
+        ON CONFLICT (connector_id, dimension, bucket_start, bucket_key, unit) DO UPDATE SET
+            label = excluded.label, amount = excluded.amount, version = excluded.version
+        """
+    ),
+)
+"""Every row of whole days."""
+
+_DAYS = Stage(
+    "staged_days",
+    (("c", "uuid"), ("t", "text"), ("d", "text"), ("b", "date"), ("s", "text"), ("v", "bigint")),
+    sql.SQL(
+        """
+        WITH n AS (SELECT * FROM {source}),
         gone AS (
-            DELETE FROM rollcall.credit_usage u USING n
-            WHERE u.connector_id = n.c AND u.dimension = n.d AND u.bucket_start = n.b AND u.version < n.v
+            DELETE FROM rollcall.credit_usage r USING n
+            WHERE r.connector_id = n.c AND r.dimension = n.d AND r.bucket_start = n.b AND r.version < n.v
         )
         INSERT INTO rollcall.usage_coverage (tenant_id, connector_id, dimension, day, state, observed_at, version)
         SELECT t, c, d, b, s, now(), v FROM n
         ON CONFLICT (connector_id, dimension, day) DO UPDATE SET
             state = excluded.state, observed_at = excluded.observed_at, version = excluded.version
-        """,
-        [
-            [o.connector_id for o, _, _, _ in days],
-            [tenants[o.connector_id] for o, _, _, _ in days],
-            [dimension for _, dimension, _, _ in days],
-            [day for _, _, day, _ in days],
-            ["complete" if data["settled"] else "provisional" for _, _, _, data in days],
-            [o.sequence for o, _, _, _ in days],
-        ],
-    )
-
-
-def _batches(items: Sequence[Any]) -> Iterable[Sequence[Any]]:
-    return (items[i : i + BATCH_ROWS] for i in range(0, len(items), BATCH_ROWS))
+        """
+    ),
+)
+"""Away with what these days have no more, and their coverage."""

@@ -167,9 +167,10 @@ async def _check_totals(connection: Connection, run: Row) -> None:
         """
         SELECT u.dimension, u.bucket_start::text AS day, u.unit, sum(u.amount) AS amount
         FROM rollcall.credit_usage u
-        WHERE u.connector_id = %(c)s AND u.bucket_start >= %(first)s AND u.bucket_start < %(last)s
-          AND (SELECT count(DISTINCT dimension) FROM rollcall.usage_coverage v
-               WHERE v.connector_id = %(c)s AND v.day = u.bucket_start AND v.state <> 'unavailable') = 3
+        WHERE u.connector_id = %(c)s AND u.bucket_start IN (
+            SELECT day FROM rollcall.usage_coverage
+            WHERE connector_id = %(c)s AND day >= %(first)s AND day < %(last)s AND state <> 'unavailable'
+            GROUP BY day HAVING count(*) = 3)
         GROUP BY 1, 2, 3
         """,
         {"c": run["connector_id"], "first": run["first_day"], "last": run["last_day"]},

@@ -11,6 +11,7 @@ from psycopg import sql
 
 from schemas.connectors import Dataset
 from schemas.records import Record
+from worker.store.staging import Stage
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,31 +32,32 @@ class Table:
     columns: tuple[Column, ...]
 
     @cached_property
-    def upsert(self) -> bytes:
-        """One statement for many rows: arrays of tenant, connector, version, key and every column."""
+    def upsert(self) -> Stage:
+        """Write many records: rows of tenant, connector, version, key and every column."""
         names = [c.name for c in self.columns]
-        lists = sql.SQL(", ").join(
-            sql.SQL("{}::{}[]").format(sql.Placeholder(format="b"), sql.SQL(kind))
-            for kind in ("text", "uuid", "bigint", "text", *(wire_type(c.type) for c in self.columns))
-        )
-        return (
-            sql.SQL(
-                """
+        statement = """
             INSERT INTO rollcall.{table} (tenant_id, connector_id, version, {key}, {columns})
-            SELECT t, c, v, k, {values} FROM unnest({lists}) AS n (t, c, v, k, {columns})
+            SELECT t, c, v, k, {values} FROM {source}
             ON CONFLICT (connector_id, {key}) DO UPDATE SET
                 version = excluded.version, changed_at = now(), removed_at = NULL, {updates}
             """
-            )
-            .format(
-                table=sql.Identifier(self.name),
-                key=sql.Identifier(self.key),
-                columns=sql.SQL(", ").join(map(sql.Identifier, names)),
-                values=sql.SQL(", ").join(_from_wire(c) for c in self.columns),
-                lists=lists,
-                updates=sql.SQL(", ").join(sql.SQL("{0} = excluded.{0}").format(sql.Identifier(n)) for n in names),
-            )
-            .as_bytes()
+        return Stage(
+            f"staged_{self.name}",
+            (
+                ("t", "text"),
+                ("c", "uuid"),
+                ("v", "bigint"),
+                ("k", "text"),
+                *((c.name, wire_type(c.type)) for c in self.columns),
+            ),
+            sql.SQL(statement),
+            {
+                "table": sql.Identifier(self.name),
+                "key": sql.Identifier(self.key),
+                "columns": sql.SQL(", ").join(map(sql.Identifier, names)),
+                "values": sql.SQL(", ").join(_from_wire(c) for c in self.columns),
+                "updates": sql.SQL(", ").join(sql.SQL("{0} = excluded.{0}").format(sql.Identifier(n)) for n in names),
+            },
         )
 
     @cached_property
@@ -87,9 +89,12 @@ class Table:
         )
 
 
+JSON_TYPES: Final = frozenset({"text[]", "jsonb"})
+
+
 def wire_type(kind: LiteralString) -> LiteralString:
     """Give the type a column travels as: arrays and objects go as JSON text, times as text."""
-    return "text" if kind in {"text[]", "jsonb", "timestamptz"} else kind
+    return "text" if kind in JSON_TYPES or kind == "timestamptz" else kind
 
 
 def _from_wire(column: Column) -> sql.Composed:
