@@ -23,7 +23,7 @@ POLLS = (RunKind.POLL,)
 BULK = (RunKind.BACKFILL, RunKind.RECONCILE)
 MESSAGES_PER_SLOT = 1
 """How much work may wait at the broker: enough to keep every slot busy until the next look, no more."""
-FEED_S = 0.05
+FEED_S = 0.1
 """While there is more than the queues hold, a tick goes on feeding them until the next one comes."""
 
 

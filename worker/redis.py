@@ -16,7 +16,7 @@ from worker.errors import TryLater
 
 SOCKET_TIMEOUT_S = 5.0
 """A server that accepts but does not answer is given up after this; blocking reads stay well below."""
-MAX_CONNECTIONS = 64
+MAX_CONNECTIONS = 16
 """Who finds all of them in use waits for one."""
 POOL_WAIT_S = 10.0
 

@@ -93,6 +93,9 @@ class World:
                     sample |= self._figures(step, done.last_s, seen)
                     sample |= {name: max(size, sample.get(name, 0.0)) for name, size in seen.peaks().items()}
                     sample[f"{step.name}.due_to_begun_s"] = done.first_s
+                    sample[f"{step.name}.records_per_s_once_begun"] = sample[f"{step.name}.records"] / (
+                        done.last_s - done.first_s
+                    )
                     sample[f"{step.name}.changes"] = done.changes
                     if step is FIRST:
                         sample |= memory(client, len(self.tenants))

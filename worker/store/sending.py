@@ -184,14 +184,17 @@ class Dispatch:
         return await self._db.transaction(work)
 
     async def more(self, connector_ids: Collection[UUID]) -> list[Sending]:
-        """Take what may be sent now of these connectors."""
+        """Take what may be sent now of these connectors.
+
+        Whoever holds one of them just now takes what is next of it afterwards, or the next tick does: nobody waits.
+        """
 
         async def work(connection: Connection) -> list[Sending]:
-            await connection.execute(
-                "SELECT 1 FROM rollcall.connectors WHERE id = ANY(%b) ORDER BY id FOR NO KEY UPDATE",
+            rows = await connection.execute(
+                "SELECT id FROM rollcall.connectors WHERE id = ANY(%b) ORDER BY id FOR NO KEY UPDATE SKIP LOCKED",
                 [sorted(connector_ids)],
             )
-            return await self._take(connection, sorted(connector_ids))
+            return await self._take(connection, [row["id"] async for row in rows])
 
         return await self._db.transaction(work) if connector_ids else []
 
