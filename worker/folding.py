@@ -126,8 +126,8 @@ class Writer:
                 self.progress = began
                 if not found or began >= until:
                     return worked
-                if found < self.settings.writer_batch_entries:
-                    # Small batches cost a transaction each: what comes meanwhile makes the next one larger.
+                if not any(turn.ahead for turn in turns):
+                    # No backlog. Small batches cost a transaction each: what comes meanwhile makes the next one larger.
                     await self._rest(min(took_s, MAX_REST_S))
                     began = time.monotonic()
         finally:

@@ -15,6 +15,7 @@ from schemas.connectors import Dataset
 from tasks.upkeep import forget_deleted
 from tests.fixtures.harness import Harness, Row, Watched
 from tests.fixtures.terminal import rollcall
+from worker.store import staging
 from worker.stream import DEAD_LETTERS, GROUP
 
 SYNC_QUEUE: Final = "rollcall.sync"
@@ -81,10 +82,17 @@ async def work_off(harness: Harness) -> list[UUID]:
     [(Dataset.MEMBERS, null_owner), (Dataset.USAGE_PRODUCT, no_number)],
     ids=["not null", "numeric"],
 )
+@pytest.mark.parametrize("copied", [False, True], ids=["arrays", "copied"])
 async def test_poison_is_put_away_alone_and_healed_by_redriving(
-    harness: Harness, dataset: Dataset, spoil: Callable[[Row], None]
+    harness: Harness,
+    monkeypatch: pytest.MonkeyPatch,
+    dataset: Dataset,
+    spoil: Callable[[Row], None],
+    copied: bool,
 ) -> None:
     """An unwritable value costs its own observation only; the letter tells its story, and redriving mends the data."""
+    if copied:
+        monkeypatch.setattr(staging, "COPY_FROM_ROWS", 1)
     acme = await harness.synced()
     neighbour = await harness.synced("neighbour", tenant="t2")
     before = (await harness.access(acme))[dataset]["version"]

@@ -20,6 +20,7 @@ from worker.dev.simulator.random_changes import MAKERS
 from worker.elevenlabs.asking import Asked, Asking
 from worker.observe import observe
 from worker.ports import Target
+from worker.store import staging
 
 KINDS = [kind for kind in MAKERS if kind != "usage_remove_day"]
 """Random changes that no guard holds back; what empties a whole day is tested with the holds."""
@@ -77,6 +78,19 @@ async def test_random_changes_arrive(harness: Harness, shape: dict[str, Any]) ->
         harness.simulator.mutate("acme", {"op": "random", "n": 8, "seed": seed, "kinds": KINDS})
         (run,) = await harness.poll(acme)
         assert (run["kind"], run["status"]) == ("poll", "succeeded")
+        await harness.agree(acme)
+    assert harness.lapses == 0, "no lease had to run out"
+
+
+async def test_large_batches_arrive_alike(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written through temporary tables, a few rows at a time, is what arrays would have written."""
+    monkeypatch.setattr(staging, "COPY_FROM_ROWS", 1)
+    monkeypatch.setattr(staging, "BATCH_ROWS", 7)
+    acme = await harness.synced(members=40, groups=5, service_accounts=6, usage_rows_per_day=10)
+    await harness.agree(acme)
+    for seed in range(4):
+        harness.simulator.mutate("acme", {"op": "random", "n": 20, "seed": seed, "kinds": KINDS})
+        await harness.poll(acme)
         await harness.agree(acme)
     assert harness.lapses == 0, "no lease had to run out"
 

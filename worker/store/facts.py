@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 from collections import defaultdict
 from collections.abc import Sequence
 from datetime import date
@@ -147,7 +148,7 @@ async def write(connection: Connection, observations: Sequence[Observation], ten
                 await _write_usage(connection, changes, tenants)
             elif kind in TABLES:
                 await _write_records(connection, TABLES[kind], changes, tenants)
-    except (KeyError, AttributeError, TypeError, ValueError) as error:
+    except (KeyError, AttributeError, TypeError, ValueError, ArithmeticError, struct.error) as error:
         raise ContractBroken("event_broken", f"{type(error).__name__} while reading an event") from error
 
 
