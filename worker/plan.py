@@ -167,13 +167,15 @@ def pick(connector_id: UUID, parts: Sequence[OpenPart], *, now: datetime, allow_
     return _spread(connector_id, kind, _one_each(p for p in ready if p.kind is kind), free)
 
 
-def messages(sendings: Sequence[Sending]) -> list[list[Sending]]:
+def messages(sendings: Iterable[Sending]) -> list[list[Sending]]:
     """Group what travels together: a message costs the same whatever it carries, and its connectors are asked at once.
 
     Polls never share a message with backfills and reconciles.
     """
-    polls = [sending for sending in sendings if sending.kind is RunKind.POLL]
-    bulk = [sending for sending in sendings if sending.kind is not RunKind.POLL]
+    polls: list[Sending] = []
+    bulk: list[Sending] = []
+    for sending in sendings:
+        (polls if sending.kind is RunKind.POLL else bulk).append(sending)
     return [
         some[at : at + CONNECTORS_PER_MESSAGE]
         for some in (polls, bulk)
