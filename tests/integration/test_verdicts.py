@@ -562,3 +562,18 @@ async def test_a_partly_granted_scope_is_told(harness: Harness) -> None:
     assert denied[0] == usage | {"groups", "service_accounts"}
     assert denied[-1] == usage
     assert await harness.health(acme) == SCOPE
+
+
+async def test_a_window_that_was_refused_once_is_backfilled_again(harness: Harness) -> None:
+    """A dataset that was refused for one window, and granted before the backfill ended, is not left with a hole."""
+    acme = await harness.add_connector()
+    usage = {"method": "POST", "path_prefix": "/v1/workspace/analytics"}
+    refusal = {"kind": "missing_scope", "permission": "workspace_read", "times": 1, "match": usage}
+    harness.simulator.faults("acme", refusal)
+    (run,) = await harness.poll(acme)
+    assert (run["kind"], run["status"], run["parts_failed"]) == ("backfill", "partial", 1)
+    (again,) = await harness.poll(acme)
+    assert (again["kind"], again["status"]) == ("backfill", "succeeded")
+    await harness.agree(acme)
+    (poll,) = await harness.poll(acme)
+    assert poll["kind"] == "poll"

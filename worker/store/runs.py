@@ -56,7 +56,11 @@ async def insert_parts(
 
 
 async def finish_runs(connection: Connection, ids: Collection[UUID], connectors: Mapping[UUID, Row]) -> Finished:
-    """Count the parts of these runs under their locks; end those with none open."""
+    """Count the parts of these runs under their locks; end those with none open.
+
+    A part is unlucky when asking again may help. One that its owner must see to is so too if the dataset is granted by
+    now: what follows from being granted again has passed already.
+    """
     finished = Finished()
     if not ids:
         return finished
@@ -67,18 +71,20 @@ async def finish_runs(connection: Connection, ids: Collection[UUID], connectors:
     rows = await connection.execute(
         """
         WITH n AS (
-            SELECT run_id,
+            SELECT p.run_id,
                    count(*) FILTER (WHERE status IN ('queued', 'running', 'waiting')) AS open,
                    count(*) FILTER (WHERE status = 'succeeded') AS good,
                    count(*) FILTER (WHERE status = 'skipped') AS skipped,
                    count(*) FILTER (WHERE status = 'failed') AS failed,
-                   count(*) FILTER (WHERE status = 'failed' AND error_class <> 'OwnerMustAct') AS unlucky,
+                   count(*) FILTER (WHERE status = 'failed' AND (error_class <> 'OwnerMustAct'
+                                                                 OR a.state = 'granted')) AS unlucky,
                    count(*) FILTER (WHERE status = 'succeeded' AND error_reason IS NOT NULL) AS incomplete,
-                   string_agg(DISTINCT dataset || ': ' || error_reason, '; ')
+                   string_agg(DISTINCT p.dataset || ': ' || error_reason, '; ')
                        FILTER (WHERE error_reason IS NOT NULL AND status <> 'waiting') AS why,
                    coalesce(sum(changes), 0) AS changes,
                    min(window_start) AS first_day, max(window_end) AS last_day
-            FROM rollcall.sync_parts WHERE run_id = ANY(%b) GROUP BY run_id
+            FROM rollcall.sync_parts p LEFT JOIN rollcall.connector_access a USING (connector_id, dataset)
+            WHERE p.run_id = ANY(%b) GROUP BY p.run_id
         )
         UPDATE rollcall.sync_runs r SET
             parts_done = n.good + n.skipped, parts_failed = n.failed,
