@@ -93,5 +93,5 @@ async def _send_due(runtime: Runtime, waiting: int) -> bool:
     if most > 0:
         due = await dispatch.due(most)
         await deliver(dispatch, due)
-    sent = len(bulk) + sum(sending.kind in BULK for sending in due)
-    return sent >= bulk_room or len(polls) >= room or len(due) >= most
+    taken = len(bulk) + sum(sending.kind in BULK for sending in due)
+    return taken >= bulk_room or len(polls) >= room or len(due) >= most

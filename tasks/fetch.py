@@ -1,4 +1,4 @@
-"""Fetch tasks: observe parts of one connector, then send what may be sent next."""
+"""Fetch tasks: observe parts, then send what may be sent next of their connectors."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ def _fetch(name: str, message: dict[str, object]) -> None:
 
 @app.task(name="rollcall.fetch_members")
 def fetch_members(**message: object) -> None:
-    """Observe a connector's directory, and in a poll what goes with it."""
+    """Observe connectors' directories, and in a poll what goes with them."""
     _fetch("fetch_members", message)
 
 
 @app.task(name="rollcall.fetch_usage")
 def fetch_usage(**message: object) -> None:
-    """Observe a window of a connector's usage."""
+    """Observe windows of usage."""
     _fetch("fetch_usage", message)
 
 
 @app.task(name="rollcall.fetch_service_accounts")
 def fetch_service_accounts(**message: object) -> None:
-    """Observe a connector's service accounts and their keys."""
+    """Observe service accounts and their keys."""
     _fetch("fetch_service_accounts", message)

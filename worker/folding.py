@@ -80,8 +80,9 @@ class Writer:
                 connection = await connect(self.settings.require_database(), "writer")
                 try:
                     with answering():
-                        # It only looks up keys; of tables that grow fast, what the planner knows is old.
-                        await connection.execute("SET enable_seqscan = off")
+                        # It only looks up keys; of tables that grow fast, what the planner knows is old. What can
+                        # only be scanned then seems dear enough to compile, which it is not.
+                        await connection.execute("SET enable_seqscan = off; SET jit = off")
                         await self._turns(connection)
                 finally:
                     await connection.close()
@@ -112,24 +113,22 @@ class Writer:
         journals = {n: RedisJournal(self.redis, n) for n in partitions}
         turns, worked = [Turn(journal) for journal in journals.values()], False
         count = ceil(self.settings.writer_batch_entries / len(partitions))
-        began = time.monotonic()
-        until = began + self.settings.writer_turn_s
+        until = time.monotonic() + self.settings.writer_turn_s
         try:
             while not self.stop.is_set():
+                began = time.monotonic()
                 found = await fold(turns, books, count=count)
                 announced = await relay(connection, journals)
                 self._ready |= books.more
                 books.more = set()
                 self._news.set()
                 worked |= bool(found) or announced
-                began, took_s = time.monotonic(), time.monotonic() - began
-                self.progress = began
-                if not found or began >= until:
+                self.progress = time.monotonic()
+                if not found or self.progress >= until:
                     return worked
                 if not any(turn.ahead for turn in turns):
                     # No backlog. Small batches cost a transaction each: what comes meanwhile makes the next one larger.
-                    await self._rest(min(took_s, MAX_REST_S))
-                    began = time.monotonic()
+                    await self._rest(min(self.progress - began, MAX_REST_S))
         finally:
             await _unlock(connection, partitions)
         return worked

@@ -130,29 +130,43 @@ async def _connectors(claims: Sequence[Claim], ports: Ports, done: set[UUID]) ->
     for claim in claims:
         connectors.setdefault(claim.target.connector_id, []).append(claim)
     results: list[Result] = []
-    try:
-        async with asyncio.TaskGroup() as group:
-            asking = {group.create_task(_lanes(some, heads, ports, done)) for some in connectors.values()}
-            while asking:
-                ended, asking = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
-                if asking:
-                    soon, asking = await asyncio.wait(asking, timeout=TOGETHER_S)
-                    ended |= soon
-                found = [result for task in ended for result in task.result()]
+    failures: list[Exception] = []
+    async with asyncio.TaskGroup() as group:
+        asking = {group.create_task(_connector(some, heads, ports, done)) for some in connectors.values()}
+        while asking:
+            ended, asking = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+            if asking:
+                soon, asking = await asyncio.wait(asking, timeout=TOGETHER_S)
+                ended |= soon
+            found: list[Result] = []
+            for task in ended:
+                outcome = task.result()
+                if isinstance(outcome, Exception):
+                    failures.append(outcome)
+                else:
+                    found += outcome
+            try:
                 await _settle(found, ports, done)
-                results += found
-    except ExceptionGroup as failures:
-        away, ours = failures.split(TryLater)
-        if away is None or ours is not None:
-            raise
-        raise _first(away) from None
+            except TryLater as away:
+                failures.append(away)
+            results += found
+    if failures:
+        ours = [failure for failure in failures if not isinstance(failure, TryLater)]
+        raise ours[0] if ours else failures[0]
     order = {claim.part_id: place for place, claim in enumerate(claims)}
     return sorted(results, key=lambda result: order[result.claim.part_id])
 
 
-def _first(failures: ExceptionGroup[TryLater]) -> TryLater:
-    first = failures.exceptions[0]
-    return _first(first) if isinstance(first, ExceptionGroup) else first
+async def _connector(
+    claims: Sequence[Claim], heads: Mapping[UUID, Head], ports: Ports, done: set[UUID]
+) -> list[Result] | Exception:
+    """Observe one connector's parts; its failure is returned, so that it ends nobody else's work."""
+    try:
+        return await _lanes(claims, heads, ports, done)
+    except ExceptionGroup as failures:
+        away, ours = failures.split(TryLater)
+        first = ours or away
+        return first.exceptions[0] if first else failures
 
 
 async def _settle(results: Sequence[Result], ports: Ports, done: set[UUID]) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from pydantic import SecretStr
 from redis.asyncio import BlockingConnectionPool, Redis
+from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
 from redis.exceptions import BusyLoadingError, ConnectionError, RedisError, ResponseError, TimeoutError  # noqa: A004 - the driver's names
@@ -16,7 +17,7 @@ from worker.errors import TryLater
 
 SOCKET_TIMEOUT_S = 5.0
 """A server that accepts but does not answer is given up after this; blocking reads stay well below."""
-MAX_CONNECTIONS = 16
+MAX_CONNECTIONS = 24
 """Who finds all of them in use waits for one."""
 POOL_WAIT_S = 10.0
 
@@ -41,9 +42,16 @@ class _Mended:
             raise asyncio.CancelledError
 
 
+class _Pool(BlockingConnectionPool):
+    """Gets every connection back: redis-py loses one whose user is cancelled while waiting to return it."""
+
+    async def release(self, connection: AbstractConnection) -> None:
+        await asyncio.shield(super().release(connection))
+
+
 def client(url: SecretStr) -> Redis:
     """Make a client; it connects when first used. Whoever makes it closes it (`aclose`)."""
-    pool = BlockingConnectionPool.from_url(
+    pool = _Pool.from_url(
         url.get_secret_value(),
         socket_timeout=SOCKET_TIMEOUT_S,
         socket_connect_timeout=SOCKET_TIMEOUT_S,

@@ -35,6 +35,8 @@ _DENIED: Final[dict[Finding, StatusReason]] = {
     Finding.QUOTA: StatusReason.QUOTA,
     Finding.FORBIDDEN: StatusReason.ROLE_OR_IP,
 }
+DENIALS: Final = frozenset(_DENIED.values())
+"""Why a dataset is denied while the key lives."""
 _DEAD: Final[dict[Finding, StatusReason]] = {
     Finding.DEAD: StatusReason.KEY_INVALID,
     Finding.BLOCKED: StatusReason.ACCOUNT_BLOCKED,

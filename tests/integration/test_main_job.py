@@ -389,3 +389,33 @@ async def test_connectors_of_one_message_do_not_wait_for_each_other(harness: Har
     slow.go.set()
     assert len(await observing) == len(parts)
     assert (await harness.runs(busy))[-1]["status"] == "succeeded"
+
+
+@dataclass
+class Buggy:
+    """The provider, but asking for this connector fails as nobody foresaw."""
+
+    inner: Any
+    connector: UUID
+
+    async def converse(self, target: Target, asking: Asking) -> Asked:
+        if target.connector_id == self.connector:
+            asking.close()
+            raise RuntimeError("a bug")
+        asked: Asked = await self.inner.converse(target, asking)
+        return asked
+
+
+async def test_a_bug_with_one_connector_costs_no_other(harness: Harness) -> None:
+    """It is loud, and everybody else in the message is done."""
+    acme, odd = await harness.synced(), await harness.synced("odd", tenant="other")
+    await harness.make_due(acme)
+    await harness.make_due(odd)
+    await harness.tick()
+    parts = [part_id for message in harness.messages for part_id in message.lanes]
+    harness.messages.clear()
+    buggy = Buggy(harness.runtime.ports.provider, odd.id)
+    with pytest.raises(RuntimeError, match="a bug"):
+        await observe(parts, replace(harness.runtime.ports, provider=buggy))
+    assert (await harness.runs(acme))[-1]["status"] == "succeeded"
+    assert (await harness.runs(odd))[-1]["status"] == "running"

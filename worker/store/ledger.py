@@ -72,8 +72,8 @@ class PgLedger:
             claims = {r["id"]: _claim(r) for r in fit}
             if not claims:
                 return []
-            one_by_one = max(Counter((c.target.connector_id, c.lane) for c in claims.values()).values())
-            lease = timedelta(seconds=self._lease_s + self._request_s * one_by_one)
+            most = max(Counter(c.target.connector_id for c in claims.values()).values())
+            lease = timedelta(seconds=self._lease_s + self._request_s * most)
             won = await connection.execute(
                 """
                 WITH n AS (SELECT * FROM unnest(%b::uuid[], %b::uuid[], %b::text[], %b::bigint[])
@@ -104,7 +104,7 @@ class PgLedger:
         return sorted(claims, key=lambda c: order[c.part_id])
 
     async def close_quiet(self, quiet: Sequence[Quiet]) -> None:
-        """Close unchanged parts of one connector; see `worker.ports.Ledger`."""
+        """Close unchanged parts; see `worker.ports.Ledger`."""
         claims = [q.claim for q in quiet]
 
         async def work(connection: Connection) -> None:
@@ -175,14 +175,17 @@ class PgLedger:
         await self._db.transaction(lambda connection: give_back(connection, claim, reason, wait_s))
 
     async def published(self, claims: Sequence[Claim]) -> None:
-        """Free the lanes of published parts; see `worker.ports.Ledger`."""
+        """Free the lanes of published parts, but for what the writer is closing already; see `worker.ports.Ledger`."""
 
         async def work(connection: Connection) -> None:
             await connection.execute(
                 """
-                UPDATE rollcall.sync_parts p SET lane = NULL, published_at = now()
-                FROM unnest(%b::uuid[], %b::bigint[]) AS n (id, number)
-                WHERE p.id = n.id AND p.claimed = n.number AND p.status = 'running'
+                WITH n AS (
+                    SELECT p.id FROM rollcall.sync_parts p
+                    JOIN unnest(%b::uuid[], %b::bigint[]) AS n (id, number) ON p.id = n.id AND p.claimed = n.number
+                    WHERE p.status = 'running' FOR NO KEY UPDATE OF p SKIP LOCKED
+                )
+                UPDATE rollcall.sync_parts p SET lane = NULL, published_at = now() FROM n WHERE p.id = n.id
                 """,
                 [[c.part_id for c in claims], [c.number for c in claims]],
             )

@@ -15,6 +15,7 @@ from worker.plan import PlannedPart
 from worker.store.announcements import Announcement, announce
 from worker.store.db import Connection, Row
 from worker.usage import reconcile_totals
+from worker.verdict import DENIALS
 
 SCHEDULER = "schedule"
 """`requested_by` of runs nobody asked for: their quiet polls announce nothing."""
@@ -77,7 +78,7 @@ async def finish_runs(connection: Connection, ids: Collection[UUID], connectors:
                    count(*) FILTER (WHERE status = 'skipped') AS skipped,
                    count(*) FILTER (WHERE status = 'failed') AS failed,
                    count(*) FILTER (WHERE status = 'failed' AND (error_class <> 'OwnerMustAct'
-                                                                 OR a.state = 'granted')) AS unlucky,
+                                    OR (error_reason = ANY(%b) AND a.state = 'granted'))) AS unlucky,
                    count(*) FILTER (WHERE status = 'succeeded' AND error_reason IS NOT NULL) AS incomplete,
                    string_agg(DISTINCT p.dataset || ': ' || error_reason, '; ')
                        FILTER (WHERE error_reason IS NOT NULL AND status <> 'waiting') AS why,
@@ -95,7 +96,7 @@ async def finish_runs(connection: Connection, ids: Collection[UUID], connectors:
         FROM n WHERE r.id = n.run_id AND r.status IN ('queued', 'running')
         RETURNING r.*, n.open AS open_parts, n.unlucky, n.changes, n.first_day, n.last_day
         """,
-        [wanted],
+        [[str(reason) for reason in DENIALS], wanted],
     )
     async for row in rows:
         if row["open_parts"]:
