@@ -7,8 +7,8 @@ from schemas.messages import Fetch
 from tasks import bridge
 from tasks.app import app
 from tasks.sending import advance
-from worker.observe import Returned, observe
-from worker.ports import Failure, Quiet
+from worker.observe import observe
+from worker.ports import Failure, Quiet, Returned
 from worker.wiring import Runtime
 
 DEADLINE_S = 300.0

@@ -5,7 +5,7 @@ A *base* is what was last published, held records included; *seen* is what the p
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -57,7 +57,7 @@ class Guarded:
     held: Missing
 
 
-def diff(base: Listing, seen: Listing, *, remove: Collection[str]) -> list[Change]:
+def diff(base: Mapping[str, Record], seen: Listing, *, remove: Collection[str]) -> list[Change]:
     """Compare two listings, sorted by subject; what is missing is a deletion only if `remove` names it."""
     changes = []
     for subject, after in seen.items():
@@ -72,7 +72,7 @@ def diff(base: Listing, seen: Listing, *, remove: Collection[str]) -> list[Chang
     return sorted(changes, key=lambda change: change.subject)
 
 
-def merged(base: Listing, seen: Listing, remove: Collection[str]) -> Listing:
+def merged(base: Mapping[str, Record], seen: Listing, remove: Collection[str]) -> Listing:
     """Make the next base: what is seen, and what is missing but not removed as it was last seen."""
     held = {subject: record for subject, record in base.items() if subject not in seen and subject not in remove}
     return seen | held

@@ -84,9 +84,16 @@ def fingerprints(days: Listing) -> dict[str, tuple[str, int]]:
 
 
 def compare_usage(
-    claim: Claim, base: Base, seen: Listing, *, before: Listing, limits: GuardLimits, horizon: date
+    claim: Claim,
+    base: Base,
+    seen: Listing,
+    prints: Fingerprints,
+    *,
+    before: Listing,
+    limits: GuardLimits,
+    horizon: date,
 ) -> Found:
-    """Compare usage days with the fingerprints in `base`; `before` holds the doubtful days as last written.
+    """Compare usage days by their fingerprints with those in `base`; `before` holds the doubtful days as last written.
 
     A doubtful day keeps the rows that are held; days before `horizon` leave the snapshot.
     """
@@ -96,7 +103,7 @@ def compare_usage(
         seen[subject], day_held, rows = _kept(claim, subject, old, seen[subject], limits)
         held |= day_held
         known += rows
-    prints = fingerprints(seen)
+    prints = {**prints, **fingerprints({subject: seen[subject] for subject in before})}
     changes = [
         Change(subject, Op.UPDATED if subject in base.days else Op.CREATED, None, record, ())
         for subject, record in sorted(seen.items())

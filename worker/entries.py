@@ -78,22 +78,28 @@ def batches(
         b"base": str(base).encode(),
         b"sequence": str(sequence).encode(),
     }
-    events = [
-        {
-            **common,
-            "id": f"{change.subject}@{number}",
-            "type": SUBJECT_TYPES[change.subject.partition("/")[0]],
-            "subject": change.subject,
-            "data": event_data(change),
-        }
-        for change in changes
-    ]
-    pieces = [events[i : i + MAX_BATCH] for i in range(0, len(events), MAX_BATCH)] or [[]]
+    pieces = [changes[i : i + MAX_BATCH] for i in range(0, len(changes), MAX_BATCH)] or [[]]
     last = {b"part": str(part_id).encode(), b"report": report.model_dump_json().encode()}
     return [
-        Entry({b"ce": orjson.dumps(piece), **head, **(last if n == len(pieces) - 1 else {})})
+        Entry(
+            {
+                b"ce": orjson.dumps([_event(common, number, change) for change in piece]),
+                **head,
+                **(last if n == len(pieces) - 1 else {}),
+            }
+        )
         for n, piece in enumerate(pieces)
     ]
+
+
+def _event(common: Mapping[str, Any], number: str, change: Change) -> dict[str, Any]:
+    return {
+        **common,
+        "id": f"{change.subject}@{number}",
+        "type": SUBJECT_TYPES[change.subject.partition("/")[0]],
+        "subject": change.subject,
+        "data": event_data(change),
+    }
 
 
 def envelope(tenant_id: str, connector_id: str, *, sequence: int, at: datetime, run_id: UUID) -> dict[str, Any]:
@@ -145,6 +151,8 @@ class Reading:
     tail: list[Entry] = field(default_factory=list)
     entries: int = 0
     """How many entries were read anew."""
+    more: bool = False
+    """As many as were asked for: there may be more."""
 
 
 def assemble(entries: Iterable[Entry]) -> Reading:

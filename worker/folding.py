@@ -124,7 +124,7 @@ class Writer:
                 self._news.set()
                 worked |= bool(found) or announced
                 self.progress = time.monotonic()
-                if not found or self.progress >= until:
+                if not found or (self.progress >= until and not any(turn.large for turn in turns)):
                     return worked
                 if not any(turn.ahead for turn in turns):
                     # No backlog. Small batches cost a transaction each: what comes meanwhile makes the next one larger.

@@ -26,6 +26,8 @@ _PAGING: Final = frozenset({"has_more", "next_cursor", "next_page_token"})
 """Marks of a paged answer in the official SDK. No directory listing has them today; if one appears, what we
 hold may be page one."""
 
+_PIECE: Final = 1_000
+
 _WRAPPERS: Final = {
     Dataset.MEMBERS: "members",
     Dataset.GROUPS: "groups",
@@ -62,12 +64,16 @@ def directory(dataset: Dataset, body: bytes) -> Listed:
         record = {"workspace_id": user.workspace_id, "plan": user.subscription.tier}
         return Listed({"workspace": record}, None)
     items, paginated = _items(dataset, found)
-    pairs = list(_pairs(dataset, items))
-    records = dict(pairs)
+    del found
+    records: dict[str, Record] = {}
+    listed = 0
+    for subject, record in _pairs(dataset, items):
+        records[subject] = record
+        listed += 1
     incomplete = None
     if paginated:
         incomplete = "paginated"
-    elif len(records) != len(pairs):
+    elif len(records) != listed:
         incomplete = "duplicated"
     elif dataset is Dataset.MEMBERS and not any(record["is_owner"] for record in records.values()):
         incomplete = "no_owner"
@@ -76,14 +82,24 @@ def directory(dataset: Dataset, body: bytes) -> Listed:
 
 def _pairs(dataset: Dataset, items: list[Any]) -> Iterable[_Pair]:
     if dataset is Dataset.MEMBERS:
-        members = _valid(dataset, provider.MEMBERS, items)
-        # The wire's fields are the record's, so the validated fields are the record: no copy for the many.
-        return ((f"member/{member.user_id}", vars(member)) for member in members)
+        return _members(items)
     if dataset is Dataset.GROUPS:
         groups = _valid(dataset, provider.GROUPS, items)
         return map(_group, groups)
     accounts = _valid(dataset, provider.SERVICE_ACCOUNTS, items)
     return _service_accounts(accounts)
+
+
+def _members(items: list[Any]) -> Iterator[_Pair]:
+    """Take the items away piece by piece: a workspace has many members, and each form of them is large."""
+    first = 0
+    while items:
+        some = items[:_PIECE]
+        del items[:_PIECE]
+        for member in _valid(Dataset.MEMBERS, provider.MEMBERS, some, first=first):
+            # The wire's fields are the record's, so the validated fields are the record: no copy for the many.
+            yield f"member/{member.user_id}", vars(member)
+        first += len(some)
 
 
 def _group(group: provider.Group) -> _Pair:
@@ -174,14 +190,16 @@ def _json(dataset: Dataset, body: bytes) -> Any:
     raise _broken(dataset, problem)
 
 
-def _valid(dataset: Dataset, adapter: TypeAdapter[_T], found: Any) -> _T:
+def _valid(dataset: Dataset, adapter: TypeAdapter[_T], found: Any, *, first: int = 0) -> _T:
+    """Validate what was found; `first` is the place of its first item in the whole listing."""
     try:
         return adapter.validate_python(found)
     except ValidationError as error:
-        first = error.errors(include_url=False, include_context=False, include_input=False)[0]
-    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in first["loc"])
+        worst = error.errors(include_url=False, include_context=False, include_input=False)[0]
+    place = [step + first if n == 0 and isinstance(step, int) else step for n, step in enumerate(worst["loc"])]
+    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in place)
     # Raised out here, for pydantic's error holds the whole body.
-    raise _broken(dataset, f"{path.removeprefix('.') or 'top'}: {first['msg']}")
+    raise _broken(dataset, f"{path.removeprefix('.') or 'top'}: {worst['msg']}")
 
 
 def _broken(dataset: Dataset, problem: str) -> ContractBroken:

@@ -2,8 +2,8 @@
 
     claim (Postgres) -> ask -> normalize -> compare with the base -> publish (Redis, one atomic step)
 
-The base is the snapshot when it is of the version that Postgres holds, else Postgres itself. What did not
-change is closed without the stream. Nothing here opens a connection: the ports do.
+What did not change is closed without the stream. Connectors of one message are asked side by side, each over its
+lanes, and settled together. Nothing here opens a connection: the ports do.
 """
 
 from __future__ import annotations
@@ -11,67 +11,23 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import date, timedelta
 from uuid import UUID
 
 import structlog
 
-from schemas.connectors import RunKind
-from schemas.records import Listing
 from worker import metrics
-from worker.chain import believed
-from worker.changes import GuardLimits
-from worker.compare import (
-    Found,
-    answer_digest,
-    compare_records,
-    compare_usage,
-    day_of,
-    doubtful_days,
-    fingerprints,
-)
-from worker.elevenlabs.asking import Asked, ask, probe
-from worker.elevenlabs.protocol import Finding, Verdict
-from worker.entries import Report, batches
-from worker.errors import ContractBroken, TryLater
+from worker.elevenlabs.protocol import Verdict
+from worker.errors import TryLater
 from worker.logs import bound
-from worker.normalize import directory
-from worker.plan import Calendar, settled_before
-from worker.ports import (
-    Base,
-    Claim,
-    Facts,
-    Failure,
-    Head,
-    Ledger,
-    Provider,
-    Publication,
-    Quiet,
-    Snapshots,
-)
-from worker.usage import usage_days
+from worker.look import REFUSED_WAIT_S, Draft, look
+from worker.ports import Claim, Failure, Head, Ports, Publication, Quiet, Returned
 from worker.verdict import CONCLUSIVE
 
 log = structlog.get_logger()
 
-USAGE_HORIZON = timedelta(days=100)
-"""Usage days that are older at the time of the run are never asked again: they leave the snapshot."""
-REFUSED_WAIT_S = 1.0
 FULL_WAIT_S = 15.0
 TOGETHER_S = 0.02
 """Connectors that end within so long of each other are settled in one transaction."""
-
-
-@dataclass(frozen=True, slots=True)
-class Ports:
-    """What observing needs of the world."""
-
-    ledger: Ledger
-    facts: Facts
-    snapshots: Snapshots
-    provider: Provider
-    calendar: Calendar
-    limits: GuardLimits
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +36,6 @@ class Published:
 
     claim: Claim
     changes: int
-
-
-@dataclass(frozen=True, slots=True)
-class Returned:
-    """A part that was given back, to be fetched again."""
-
-    claim: Claim
-    reason: str
-    wait_s: float
 
 
 Result = Quiet | Published | Failure | Returned
@@ -215,115 +162,17 @@ async def _lane(claims: Sequence[Claim], heads: Mapping[UUID, Head], ports: Port
 
 
 async def _observe_one(claim: Claim, head: Head, ports: Ports) -> Result:
-    settled = settled_before(claim.as_of, ports.calendar)
-    try:
-        question = ask(claim.dataset, claim.window, now=claim.began, cost_since=claim.target.cost_since)
-        with metrics.REQUEST_SECONDS.time():
-            asked = await ports.provider.converse(claim.target, question)
-        metrics.REQUESTS.labels(claim.dataset, asked.verdict.finding).inc()
-        if not asked.verdict.ok:
-            return Failure(claim, await _confirmed(claim, asked.verdict, ports))
-        if asked.cost_since is not None and asked.cost_since != claim.target.cost_since:
-            await ports.ledger.remember_cost_since(claim, asked.cost_since)
-        trust = claim.kind is not RunKind.RECONCILE and believed(snapshot=head.version, version=claim.version)
-        digest = answer_digest(claim, asked.pages, settled)
-        if trust and head.digest == digest and not claim.held:
-            return Quiet(claim, claim.version, records=None)
-        seen, incomplete = _normalized(claim, asked, settled)
-    except ContractBroken as error:
-        log.warning("provider_contract_broken", reason=error.reason, detail=error.message)
-        return Failure(claim, Verdict(Finding.SCHEMA, error.reason, error.message))
-    base, trust = await _base(claim, ports, trust=trust)
-    found = await _compare(claim, base, seen, incomplete, ports)
-    if found is None:
-        return Returned(claim, "base_moved", REFUSED_WAIT_S)
-    if found.held or incomplete:
-        digest = ""
-    if trust and not found.changes and found.held == claim.held:
-        if digest:
-            await ports.snapshots.note_digest(claim.target, claim.dataset, base.version, digest)
-        return Quiet(claim, base.version, records=len(seen), incomplete=incomplete)
-    return await _publish(claim, head, base.version, found, digest, len(seen), incomplete, ports)
+    seen = await look(claim, head, ports)
+    return await _publish(seen, ports) if isinstance(seen, Draft) else seen
 
 
-async def _base(claim: Claim, ports: Ports, *, trust: bool) -> tuple[Base, bool]:
-    """Read what to compare with, and tell whether it is the snapshot."""
-    if trust and (base := await ports.snapshots.load(claim.target, claim.dataset, claim.version)):
-        return base, True
-    if not claim.version:
-        return Base(0), False  # nothing was ever observed
-    return await ports.facts.base(claim.target.connector_id, claim.dataset, since=_horizon(claim)), False
-
-
-async def _confirmed(claim: Claim, verdict: Verdict, ports: Ports) -> Verdict:
-    """Ask once more before a key is called dead: another answer makes the first a passing fault."""
-    if verdict.finding not in CONCLUSIVE:
-        return verdict
-    second = (await ports.provider.converse(claim.target, probe())).verdict
-    if second.finding is verdict.finding:
-        return verdict
-    return Verdict(Finding.TRANSIENT, "unconfirmed", f"first {verdict.reason}, then {second.reason}")
-
-
-def _normalized(claim: Claim, asked: Asked, settled: date) -> tuple[Listing, str | None]:
-    if claim.window is None:
-        listed = directory(claim.dataset, asked.pages[0].body)
-        return listed.records, listed.incomplete
-    return usage_days(claim.dataset, asked.pages, window=claim.window, settled_before=settled), None
-
-
-def _horizon(claim: Claim) -> date | None:
-    return (claim.as_of - USAGE_HORIZON).date() if claim.dataset.dimension else None
-
-
-async def _compare(claim: Claim, base: Base, seen: Listing, incomplete: str | None, ports: Ports) -> Found | None:
-    horizon = _horizon(claim)
-    if horizon is None:
-        return compare_records(claim, base, seen, incomplete=incomplete is not None, limits=ports.limits)
-    before: Listing = {}
-    if doubtful := doubtful_days(claim, base, fingerprints(seen), ports.limits):
-        version, before = await ports.facts.usage_days(
-            claim.target.connector_id, claim.dataset, [day_of(subject) for subject in doubtful]
-        )
-        if version != base.version:
-            return None
-    return compare_usage(claim, base, seen, before=before, limits=ports.limits, horizon=horizon)
-
-
-async def _publish(
-    claim: Claim,
-    head: Head,
-    base: int,
-    found: Found,
-    digest: str,
-    records: int,
-    incomplete: str | None,
-    ports: Ports,
-) -> Result:
-    report = Report(
-        run_id=claim.run_id,
-        records=records,
-        changes=len(found.changes),
-        known=found.known,
-        held=found.held,
-        incomplete=incomplete,
-    )
-    entries = batches(
-        found.changes,
-        tenant_id=claim.target.tenant_id,
-        connector_id=claim.target.connector_id,
-        dataset=claim.dataset,
-        base=base,
-        sequence=claim.number,
-        part_id=claim.part_id,
-        began=claim.began,
-        report=report,
-    )
+async def _publish(draft: Draft, ports: Ports) -> Result:
+    claim = draft.claim
     publication = await ports.snapshots.publish(
-        claim.target, claim.dataset, head.version, found.following, digest, entries
+        claim.target, claim.dataset, draft.expected, draft.snapshot, draft.digest, draft.entries
     )
     if publication is Publication.DONE:
-        metrics.EVENTS_PUBLISHED.labels(claim.dataset).inc(len(found.changes))
-        return Published(claim, len(found.changes))
+        metrics.EVENTS_PUBLISHED.labels(claim.dataset).inc(draft.changes)
+        return Published(claim, draft.changes)
     full = publication is Publication.FULL
     return Returned(claim, "stream_full" if full else "snapshot_moved", FULL_WAIT_S if full else REFUSED_WAIT_S)

@@ -9,6 +9,7 @@ from datetime import UTC, date, datetime, timedelta
 from uuid import UUID
 
 from schemas.connectors import DIRECTORY, USAGE, Access, Dataset, RunKind, Status, StatusReason
+from worker.elevenlabs.asking import Window
 
 PLAN_RECHECK = timedelta(days=1)
 RECONCILE_DAYS = 30
@@ -21,11 +22,15 @@ _PRIORITY = {RunKind.POLL: 0, RunKind.RECONCILE: 1, RunKind.BACKFILL: 2}
 
 @dataclass(frozen=True, slots=True)
 class Calendar:
-    """How far back usage is asked for; all in whole UTC days."""
+    """How far back usage is asked for; all in whole UTC days.
+
+    A part is of at most `part_days`; its requests of at most `window_days`.
+    """
 
     lookback_days: int = 3
     backfill_days: int = 90
     window_days: int = 30
+    part_days: int = 90
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,8 +71,8 @@ def plan(
         return [PlannedPart(Dataset.WORKSPACE)]
     wanted = [d for d in (*DIRECTORY, *USAGE) if _worth_asking(access.get(d), as_of)] or [Dataset.WORKSPACE]
     parts = [PlannedPart(d) for d in wanted if not d.dimension]
-    for start, end in windows(kind, as_of=as_of, calendar=calendar):
-        parts += [PlannedPart(d, start, end) for d in wanted if d.dimension]
+    for window in windows(kind, as_of=as_of, calendar=calendar):
+        parts += [PlannedPart(d, window.start, window.end) for d in wanted if d.dimension]
     return parts
 
 
@@ -78,20 +83,15 @@ def _worth_asking(row: AccessRow | None, as_of: datetime) -> bool:
     return not rarely or as_of - row.checked_at >= PLAN_RECHECK
 
 
-def windows(kind: RunKind, *, as_of: datetime, calendar: Calendar) -> list[tuple[date, date]]:
-    """Cut the usage days a run asks for into windows `[start, end)`, newest first; the last day is today."""
+def windows(kind: RunKind, *, as_of: datetime, calendar: Calendar) -> list[Window]:
+    """Cut the usage days a run asks for into windows, newest first; the last day is today."""
     end = as_of.astimezone(UTC).date() + timedelta(days=1)
     days = {
         RunKind.POLL: calendar.lookback_days + 1,
         RunKind.RECONCILE: max(RECONCILE_DAYS, calendar.lookback_days + 1),
         RunKind.BACKFILL: calendar.backfill_days,
     }[kind]
-    first, found = end - timedelta(days=days), []
-    while end > first:
-        start = max(first, end - timedelta(days=calendar.window_days))
-        found.append((start, end))
-        end = start
-    return found
+    return list(Window(end - timedelta(days=days), end).backwards(calendar.part_days))
 
 
 def phase_s(connector_id: UUID, interval_s: int) -> int:

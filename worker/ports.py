@@ -10,11 +10,12 @@ from typing import Protocol
 from uuid import UUID
 
 from schemas.connectors import Dataset, RunKind
-from schemas.records import Listing
-from worker.changes import Missing
+from schemas.records import Listing, Record
+from worker.changes import GuardLimits, Missing
 from worker.elevenlabs.asking import Asked, Window
 from worker.elevenlabs.protocol import Answer, Request, Verdict
 from worker.entries import Entry, Observation
+from worker.plan import Calendar
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +71,16 @@ class Base:
     """What a listing is compared with: the version and the records (usage: fingerprints of its days)."""
 
     version: int
-    records: Listing = field(default_factory=dict)
+    records: Mapping[str, Record] = field(default_factory=dict)
     days: Fingerprints = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A base as it is kept in a snapshot: a fraction of the size of its records."""
+
+    version: int
+    blob: bytes
 
 
 class Publication(Enum):
@@ -100,6 +109,15 @@ class Failure:
     verdict: Verdict
 
 
+@dataclass(frozen=True, slots=True)
+class Returned:
+    """A part that was given back, to be fetched again."""
+
+    claim: Claim
+    reason: str
+    wait_s: float
+
+
 class Ledger(Protocol):
     """Runs and parts in Postgres."""
 
@@ -117,6 +135,9 @@ class Ledger(Protocol):
 
     async def published(self, claims: Sequence[Claim]) -> None:
         """Note that these observations went to the stream, and free their lanes."""
+
+    async def narrow(self, claim: Claim, window: Window) -> Claim | None:
+        """Leave the part its latest days, make the others a part of their own; None: it is not ours any more."""
 
     async def remember_cost_since(self, claim: Claim, day: date) -> None:
         """Note the first cost-billed day of the workspace."""
@@ -149,7 +170,7 @@ class Snapshots(Protocol):
         target: Target,
         dataset: Dataset,
         expected: int | None,
-        new: Base,
+        new: Packed,
         digest: str,
         entries: Sequence[Entry],
     ) -> Publication:
@@ -161,6 +182,18 @@ class Provider(Protocol):
 
     async def converse(self, target: Target, asking: Generator[Request, Answer, Asked]) -> Asked:
         """Carry a conversation to its end within the deadline."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ports:
+    """What observing needs of the world."""
+
+    ledger: Ledger
+    facts: Facts
+    snapshots: Snapshots
+    provider: Provider
+    calendar: Calendar
+    limits: GuardLimits
 
 
 class Journal(Protocol):

@@ -124,6 +124,7 @@ class Settings(BaseSettings):
     usage_lookback_days: Count = Field(3, description="latest UTC days of usage that each poll asks for")
     backfill_days: Count = Field(90, description="days of usage that the first sync asks for")
     window_days: Annotated[int, Field(ge=1, le=30)] = Field(30, description="most UTC days in one usage request")
+    part_days: Count = Field(90, description="most UTC days of usage in one part of a run; fewer if they hold much")
 
     in_flight: Annotated[int, Field(ge=1, le=2)] = Field(2, description="requests in flight per connector")
     worker_slots: Annotated[int, Field(ge=2)] = Field(

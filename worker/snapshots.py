@@ -6,17 +6,16 @@ They may vanish at any time: Postgres is the truth.
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from typing import Any
 from uuid import UUID
 
-import orjson
 from redis.asyncio import Redis
 
 from schemas.connectors import Dataset
 from worker.entries import Entry
-from worker.ports import Base, Claim, Head, Publication, Target
+from worker.packing import unpack
+from worker.ports import Base, Claim, Head, Packed, Publication, Target
 from worker.redis import answering
 
 _PUBLISH = """
@@ -63,6 +62,7 @@ class RedisSnapshots:
         self._redis, self._ceiling = redis, ceiling_entries
         self._publish = redis.register_script(_PUBLISH)
         self._note = redis.register_script(_NOTE)
+        self._loaded = False
 
     async def heads(self, claims: Sequence[Claim]) -> dict[UUID, Head]:
         """Read heads; see `worker.ports.Snapshots`."""
@@ -82,7 +82,7 @@ class RedisSnapshots:
             v, blob = await self._redis.hmget(_key(target, dataset), ["v", "b"])
         if v is None or not isinstance(blob, bytes) or int(v) != version:
             return None
-        return unpack(version, blob)
+        return unpack(Packed(version, blob))
 
     async def note_digest(self, target: Target, dataset: Dataset, version: int, digest: str) -> None:
         """Renew a digest; see `worker.ports.Snapshots`."""
@@ -94,7 +94,7 @@ class RedisSnapshots:
         target: Target,
         dataset: Dataset,
         expected: int | None,
-        new: Base,
+        new: Packed,
         digest: str,
         entries: Sequence[Entry],
     ) -> Publication:
@@ -103,7 +103,7 @@ class RedisSnapshots:
             "" if expected is None else str(expected),
             str(new.version),
             digest,
-            pack(new),
+            new.blob,
             self._ceiling,
             len(entries),
         ]
@@ -112,6 +112,9 @@ class RedisSnapshots:
             for name, value in entry.fields.items():
                 arguments += (name, value)
         with answering():
+            if not self._loaded:
+                # Else the first publication is sent twice, and stays in memory with the error between.
+                self._loaded = bool(await self._redis.script_load(_PUBLISH))
             answer = await self._publish(keys=[_key(target, dataset), stream_key(target.partition)], args=arguments)
         return Publication(answer.decode())
 
@@ -129,15 +132,3 @@ class RedisSnapshots:
 
 def _key(target: Target, dataset: Dataset) -> str:
     return snapshot_key(target.partition, target.connector_id, dataset)
-
-
-def pack(base: Base) -> bytes:
-    """Compress a snapshot; level 1, since it is written more often than it is kept."""
-    return zlib.compress(orjson.dumps({"records": base.records, "days": base.days}), 1)
-
-
-def unpack(version: int, blob: bytes) -> Base:
-    """Read a compressed snapshot."""
-    found = orjson.loads(zlib.decompress(blob))
-    days = {subject: (digest, rows) for subject, (digest, rows) in found["days"].items()}
-    return Base(version, records=found["records"], days=days)

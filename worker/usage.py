@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, timedelta
 from decimal import Context, Decimal, InvalidOperation, localcontext
+from functools import lru_cache, reduce
 from hashlib import blake2b
 from operator import itemgetter
 from typing import Any, Final
@@ -118,28 +119,25 @@ def usage_days(dataset: Dataset, pages: Sequence[Page], *, window: Window, settl
                 columns = _resolve(table, dataset, page.billing)
                 _check_cells(table, columns)
                 _gather(table, columns, {day: days[day] for day in _days_of(page.window)})
+    dimension = dataset.dimension
     return {
-        f"usage/{dataset.dimension}/{day}": usage_day(
-            dataset.dimension, day.isoformat(), _rows(found), settled=day < settled_before
-        )
+        f"usage/{dimension}/{day}": usage_day(dimension, day.isoformat(), _rows(found), settled=day < settled_before)
         for day, found in days.items()
     }
 
 
 def usage_day(dimension: str, day: str, rows: list[Record], *, settled: bool) -> Record:
     """Make the record of a day (`YYYY-MM-DD`) from its rows, given by (key, unit); totals are theirs."""
-    totals: dict[str, Decimal] = {}
-    with localcontext(_EXACT):
-        for row in rows:
-            unit = row["unit"]
-            totals[unit] = totals.get(unit, _ZERO) + Decimal(row["amount"])
+    amounts: dict[str, list[str]] = {}
+    for row in rows:
+        amounts.setdefault(row["unit"], []).append(row["amount"])
     return {
         "dimension": dimension,
         "bucket_start": day,
         "interval_s": DAY_S,
         "settled": settled,
         "rows": rows,
-        "totals": {unit: _plain(totals[unit]) for unit in sorted(totals)},
+        "totals": {unit: _plain(reduce(_EXACT.add, map(Decimal, amounts[unit]))) for unit in sorted(amounts)},
     }
 
 
@@ -245,7 +243,7 @@ def _gather(table: Table, columns: _Columns, days: Mapping[date, _Day]) -> None:
     for row in table.rows:
         cell = row[day_at]
         if cell not in found_days:
-            found_days[cell] = days.get(utc_day(cell, day_unit))
+            found_days[cell] = days.get(_utc_day(cell, day_unit))
         day = found_days[cell]
         if day is None:
             continue
@@ -264,6 +262,10 @@ def _gather(table: Table, columns: _Columns, days: Mapping[date, _Day]) -> None:
             if cell is not None:
                 amount = _amount(cell)
                 sums[slot] = sums[slot] + amount if slot in sums else amount
+
+
+_utc_day = lru_cache(maxsize=4096)(utc_day)
+"""Tenants write the same days; the cells of a checked column can be looked up."""
 
 
 def _product(name: str | None) -> tuple[str, str | None]:

@@ -14,9 +14,8 @@ from worker.changes import GuardLimits
 from worker.elevenlabs.asking import Asked
 from worker.elevenlabs.client import Client
 from worker.elevenlabs.protocol import Answer, Request
-from worker.observe import Ports
 from worker.plan import Calendar
-from worker.ports import Target
+from worker.ports import Ports, Target
 from worker.redis import client as redis_client
 from worker.settings import Settings
 from worker.snapshots import RedisSnapshots
@@ -69,7 +68,7 @@ def process_name() -> str:
 
 def calendar(settings: Settings) -> Calendar:
     """Read how far back usage is asked for."""
-    return Calendar(settings.usage_lookback_days, settings.backfill_days, settings.window_days)
+    return Calendar(settings.usage_lookback_days, settings.backfill_days, settings.window_days, settings.part_days)
 
 
 def database(settings: Settings, application: str) -> Database:

@@ -19,13 +19,17 @@ from worker.ports import Books, Journal
 
 log = structlog.get_logger()
 
+READ_BYTES = 4_000_000
+"""How much one read of a partition may bring, about: an entry holds up to 500 events, or one."""
+FIRST_READ_ENTRIES = 16
+
 
 @dataclass(slots=True)
 class Turn:
     """A turn on one partition, and what it did.
 
     `tail` is an observation whose end was not read yet, `ahead` the next batch if it was read already; both stay
-    pending, and a next turn begins with them.
+    pending, and a next turn begins with them. `entries` is how many may be read at once, by the size of the last ones.
     """
 
     journal: Journal
@@ -33,6 +37,12 @@ class Turn:
     dead: int = 0
     tail: Sequence[Entry] = ()
     ahead: Reading | None = None
+    entries: int = FIRST_READ_ENTRIES
+
+    @property
+    def large(self) -> bool:
+        """Tell whether an observation is in hand that a turn as long as this one could not read to its end."""
+        return bool(self.tail) and not self.applied and not self.dead
 
 
 _Batch = Sequence[tuple[Turn, Observation]]
@@ -40,6 +50,8 @@ _Batch = Sequence[tuple[Turn, Observation]]
 
 async def fold(turns: Sequence[Turn], books: Books, *, count: int) -> int:
     """Read and apply one batch, at most `count` entries of each partition; give how many entries were read.
+
+    What is in hand is bounded by bytes too (`READ_BYTES`), but for an observation that is larger by itself.
 
     Raises:
         TryLater: Postgres or Redis is not there; nothing was acknowledged that is not committed.
@@ -53,7 +65,7 @@ async def fold(turns: Sequence[Turn], books: Books, *, count: int) -> int:
             await turn.journal.acknowledge([piece.id for piece in reading.tail])
             turn.tail = ()
     # Where there is a backlog, the next batch is read and decoded while Postgres works on this one.
-    more = [turn for turn, reading in zip(turns, readings, strict=True) if reading.entries >= count]
+    more = [turn for turn, reading in zip(turns, readings, strict=True) if reading.more]
     ahead = asyncio.create_task(_all(_read, more, count), name="read ahead") if more else None
     try:
         await _settle(turns, readings, books)
@@ -72,9 +84,13 @@ async def _next(turn: Turn, count: int) -> Reading:
 
 
 async def _read(turn: Turn, count: int) -> Reading:
-    entries = await turn.journal.read(count)
+    wanted = min(count, turn.entries)
+    entries = await turn.journal.read(wanted)
     reading = assemble([*turn.tail, *entries])
-    reading.entries = len(entries)
+    reading.entries, reading.more = len(entries), len(entries) >= wanted
+    if entries:
+        size = sum(len(value) for entry in entries for value in entry.fields.values())
+        turn.entries = max(1, READ_BYTES * len(entries) // max(1, size))
     return reading
 
 

@@ -28,9 +28,9 @@ from worker.changes import GuardLimits
 from worker.elevenlabs.asking import Asked, Window, ask
 from worker.elevenlabs.client import Client
 from worker.elevenlabs.protocol import Answer, Request
-from worker.observe import Ports, Published, Result, observe
+from worker.observe import Published, Result, observe
 from worker.plan import AccessRow, Calendar, PlannedPart, partition_of, plan
-from worker.ports import Base, Claim, Failure, Quiet, Target
+from worker.ports import Base, Claim, Failure, Ports, Quiet, Target
 from worker.redis import client as redis_client
 from worker.snapshots import RedisSnapshots, stream_key
 
@@ -82,6 +82,10 @@ class MemoryLedger:
         """Nothing may be given back here."""
         raise WrongResultError(f"{claim.dataset} was given back: {reason}, {wait_s} s")
 
+    async def narrow(self, claim: Claim, window: Window) -> Claim | None:
+        """Nothing is too large here."""
+        raise WrongResultError(f"{claim.dataset} was cut to {window}")
+
     async def remember_cost_since(self, claim: Claim, day: date) -> None:
         """Nobody is billed in money here."""
 
@@ -125,15 +129,15 @@ class Remembering:
     async def converse(self, target: Target, asking: Generator[Request, Answer, Asked]) -> Asked:
         """Answer from memory; what is not there yet is asked for."""
         request = next(asking)
-        name = (target.tenant_id, request.path, _question(request))
-        if name not in self.answers:
-            self.answers[name] = await self.learn(target, request)
-        try:
-            asking.send(self.answers[name])
-        except StopIteration as stop:
-            asked: Asked = stop.value
-            return asked
-        raise WrongResultError(f"{request.path} needed more than one question")
+        while True:
+            name = (target.tenant_id, request.path, _question(request))
+            if name not in self.answers:
+                self.answers[name] = await self.learn(target, request)
+            try:
+                request = asking.send(self.answers[name])
+            except StopIteration as stop:
+                asked: Asked = stop.value
+                return asked
 
 
 def _question(request: Request) -> bytes:

@@ -25,6 +25,7 @@ from worker.compare import answer_digest, fingerprints
 from worker.elevenlabs.asking import Window, ask
 from worker.elevenlabs.client import Client
 from worker.normalize import directory
+from worker.packing import pack
 from worker.plan import AccessRow, Calendar, partition_of, plan, settled_before
 from worker.ports import Base, Claim, Publication, Target
 from worker.redis import client as redis_client
@@ -192,7 +193,7 @@ async def _snapshots(
             partition = partition_of(tenant.connector_id, partitions)
             target = Target(tenant.connector_id, tenant.id, simulator.url, "", partition)
             for dataset, (base, digest) in found[tenant.workspace].items():
-                if await snapshots.publish(target, dataset, None, base, digest, ()) is not Publication.DONE:
+                if await snapshots.publish(target, dataset, None, pack(base), digest, ()) is not Publication.DONE:
                     raise WrongResultError("a snapshot was there already")
 
     try:

@@ -7,6 +7,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from itertools import pairwise
 from typing import Any
 from uuid import UUID
 
@@ -17,6 +18,7 @@ from schemas.connectors import Dataset, RunKind
 from tests.fixtures.harness import Harness, Watched
 from tests.fixtures.states import PLACES
 from worker.dev.simulator.random_changes import MAKERS
+from worker.elevenlabs import asking
 from worker.elevenlabs.asking import Asked, Asking
 from worker.observe import observe
 from worker.ports import Target
@@ -93,6 +95,34 @@ async def test_large_batches_arrive_alike(harness: Harness, monkeypatch: pytest.
         await harness.poll(acme)
         await harness.agree(acme)
     assert harness.lapses == 0, "no lease had to run out"
+
+
+async def test_days_too_large_for_one_observation_are_parts_of_their_own(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What one answer makes large enough is published alone; the days before it follow, and the run counts them."""
+    monkeypatch.setattr(asking, "ENOUGH_BYTES", 1)
+    acme = await harness.add_connector()
+    (run,) = await harness.poll(acme)
+    assert (run["status"], run["parts_total"], run["parts_done"]) == ("succeeded", 4 + 3 * 3, 4 + 3 * 3)
+    parts = await harness.rows("SELECT * FROM rollcall.sync_parts WHERE dataset = 'usage.product'")
+    windows = sorted((part["window_start"], part["window_end"]) for part in parts)
+    assert [(end - start).days for start, end in windows] == [30, 30, 30]
+    assert all(before[1] == after[0] for before, after in pairwise(windows))
+    await harness.agree(acme)
+    assert harness.lapses == 0, "no lease had to run out"
+
+
+@pytest.mark.parametrize("kind", ["s500_json", "reset"])
+async def test_days_answered_before_an_outage_are_kept(harness: Harness, kind: str) -> None:
+    """When the provider fails in the middle of a part, what it told before is published; the rest is asked later."""
+    acme = await harness.add_connector()
+    outage = {"kind": kind, "match": {"path_prefix": "/v1/workspace/analytics"}, "after": 1, "times": 6}
+    harness.simulator.faults("acme", outage)
+    (run,) = await harness.poll(acme)
+    assert run["status"] == "succeeded"
+    assert run["parts_total"] > 4 + 3
+    await harness.agree(acme)
 
 
 async def test_many_changes_travel_in_many_entries(harness: Harness) -> None:

@@ -400,20 +400,21 @@ async def test_one_writer_per_partition(harness: Harness) -> None:
     await harness.agree(acme)
 
 
-async def test_a_bug_in_sending_ends_the_writer(harness: Harness) -> None:
+async def test_a_bug_in_sending_ends_the_writer(database_url: str, redis_url: str, simulator: Simulator) -> None:
     """What fails unexpectedly beside the folding fails the process loudly, instead of never sending again."""
-    await harness.add_connector()
-    await harness.tick()
-    await harness.deliver(harness.messages.popleft())
-    writer = harness.writer()
 
     async def broken(_: Sequence[UUID]) -> None:
         raise RuntimeError("a bug")
 
-    writer.advance = broken
-    async with asyncio.timeout(SOON_S):
-        with pytest.raises(RuntimeError, match="a bug"):
-            await writer.run()
+    async with opened(database_url, redis_url, simulator, part_days=30) as harness:
+        await harness.add_connector()
+        await harness.tick()
+        await harness.deliver(harness.messages.popleft())
+        writer = harness.writer()
+        writer.advance = broken
+        async with asyncio.timeout(SOON_S):
+            with pytest.raises(RuntimeError, match="a bug"):
+                await writer.run()
 
 
 async def test_two_writers_share_the_work(harness: Harness) -> None:

@@ -107,7 +107,7 @@ class Machine(RuleBasedStateMachine):
         redis_url = stack.valkey.url.get_secret_value()
         with redis.Redis.from_url(redis_url) as client:
             client.flushall()
-        entering = opened(database_url, redis_url, simulator, backfill_days=8, window_days=4)
+        entering = opened(database_url, redis_url, simulator, backfill_days=8, part_days=4, window_days=2)
         self.harness: Harness = self.run(self.stack.enter_async_context(entering))
         self.subscribers: list[Subscriber] = []
         self.delivered: list[Sending] = []

@@ -162,7 +162,7 @@ async def test_two_dispatchers_claim_a_connector_once(harness: Harness) -> None:
     parts = await harness.one(
         "SELECT count(*), count(DISTINCT (connector_id, dataset, window_start)) AS n FROM rollcall.sync_parts"
     )
-    assert parts["count"] == parts["n"] == 30 * (4 + 3 * 3)
+    assert parts["count"] == parts["n"] == 30 * (4 + 3)
     assert not await harness.runtime.dispatch.due(100)
 
 

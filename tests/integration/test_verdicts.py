@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from schemas.connectors import Dataset
-from tests.fixtures.harness import Harness, Watched
+from tests.fixtures.harness import Harness, Watched, opened
+from tests.fixtures.simulator import Simulator
 from worker.elevenlabs.asking import Asked
 from worker.elevenlabs.protocol import Answer, Request
 from worker.observe import observe
@@ -306,34 +307,35 @@ async def test_a_dead_key_is_flagged_within_one_poll(harness: Harness, how: str)
     assert len(await moves(harness, acme)) == 3
 
 
-async def test_queued_work_of_a_dead_key_is_dropped(harness: Harness) -> None:
+async def test_queued_work_of_a_dead_key_is_dropped(database_url: str, redis_url: str, simulator: Simulator) -> None:
     """Parts that were planned, sent or waiting when the key died are never asked; late messages do nothing."""
-    acme = await harness.add_connector()
-    await harness.tick()
-    first = harness.messages.popleft()
-    await harness.deliver(first)
-    await harness.write()
-    late = list(harness.messages)
-    assert late, "a backfill has more to ask"
-    harness.simulator.kill("acme", acme.key)
-    harness.simulator.reset_stats()
-    await harness.settle()
-    asked = requests(harness)
-    assert asked <= 4, "one request of each lane, and its confirmation"
-    for message in (first, *late):
-        await harness.deliver(message)
-    await harness.settle()
-    assert requests(harness) == asked
-    assert await harness.health(acme) == KEY_INVALID
-    (run,) = await harness.runs(acme)
-    assert run["status"] == "failed"
-    assert [a["what"] for a in await harness.announced(acme)] == [
-        "connector.created",
-        "sync.started",
-        "connector.connected",
-        "sync.failed",
-        "connector.disconnected",
-    ]
+    async with opened(database_url, redis_url, simulator, part_days=30) as harness:
+        acme = await harness.add_connector()
+        await harness.tick()
+        first = harness.messages.popleft()
+        await harness.deliver(first)
+        await harness.write()
+        late = list(harness.messages)
+        assert late, "a backfill has more to ask"
+        harness.simulator.kill("acme", acme.key)
+        harness.simulator.reset_stats()
+        await harness.settle()
+        asked = requests(harness)
+        assert asked <= 4, "one request of each lane, and its confirmation"
+        for message in (first, *late):
+            await harness.deliver(message)
+        await harness.settle()
+        assert requests(harness) == asked
+        assert await harness.health(acme) == KEY_INVALID
+        (run,) = await harness.runs(acme)
+        assert run["status"] == "failed"
+        assert [a["what"] for a in await harness.announced(acme)] == [
+            "connector.created",
+            "sync.started",
+            "connector.connected",
+            "sync.failed",
+            "connector.disconnected",
+        ]
 
 
 async def test_an_unconfirmed_dead_answer_disconnects_nobody(harness: Harness) -> None:
@@ -564,16 +566,19 @@ async def test_a_partly_granted_scope_is_told(harness: Harness) -> None:
     assert await harness.health(acme) == SCOPE
 
 
-async def test_a_window_that_was_refused_once_is_backfilled_again(harness: Harness) -> None:
+async def test_a_window_that_was_refused_once_is_backfilled_again(
+    database_url: str, redis_url: str, simulator: Simulator
+) -> None:
     """A dataset that was refused for one window, and granted before the backfill ended, is not left with a hole."""
-    acme = await harness.add_connector()
-    usage = {"method": "POST", "path_prefix": "/v1/workspace/analytics"}
-    refusal = {"kind": "missing_scope", "permission": "workspace_read", "times": 1, "match": usage}
-    harness.simulator.faults("acme", refusal)
-    (run,) = await harness.poll(acme)
-    assert (run["kind"], run["status"], run["parts_failed"]) == ("backfill", "partial", 1)
-    (again,) = await harness.poll(acme)
-    assert (again["kind"], again["status"]) == ("backfill", "succeeded")
-    await harness.agree(acme)
-    (poll,) = await harness.poll(acme)
-    assert poll["kind"] == "poll"
+    async with opened(database_url, redis_url, simulator, part_days=30) as harness:
+        acme = await harness.add_connector()
+        usage = {"method": "POST", "path_prefix": "/v1/workspace/analytics"}
+        refusal = {"kind": "missing_scope", "permission": "workspace_read", "times": 1, "match": usage}
+        harness.simulator.faults("acme", refusal)
+        (run,) = await harness.poll(acme)
+        assert (run["kind"], run["status"], run["parts_failed"]) == ("backfill", "partial", 1)
+        (again,) = await harness.poll(acme)
+        assert (again["kind"], again["status"]) == ("backfill", "succeeded")
+        await harness.agree(acme)
+        (poll,) = await harness.poll(acme)
+        assert poll["kind"] == "poll"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from datetime import UTC, date, datetime, timedelta
@@ -12,9 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from schemas.connectors import Dataset
+from worker.elevenlabs import asking
 from worker.elevenlabs.asking import Asked, Billing, Page, Window, ask, drive, probe
 from worker.elevenlabs.protocol import Answer, Finding, Request
 from worker.elevenlabs.tabular import Table, utc_day
+from worker.errors import ContractBroken, TryLater
 
 CREDITS = "/v1/workspace/analytics/query/usage-by-product-over-time"
 COST = "/v1/workspace/analytics/usage"
@@ -141,6 +144,79 @@ def test_usage_is_asked_by_utc_day_and_one_dimension(dataset: Dataset, column: s
     }
     assert [(page.billing, page.window) for page in asked.pages] == [(Billing.CREDITS, WINDOW)]
     assert asked.cost_since is None
+
+
+QUARTER = Window(START - timedelta(days=60), START + timedelta(days=30))
+"""Three questions of 30 days."""
+
+
+def test_many_days_are_asked_piece_by_piece_the_latest_first() -> None:
+    """No request asks for more than 30 days; together they are one answer for all of them."""
+    used = {QUARTER.start + timedelta(days=n) for n in range(90)}
+    provider = Provider(date(2100, 1, 1), used)
+    asked = ask_usage(provider, window=QUARTER)
+    starts = [utc_day(body_of(request)["start_time"]) for request in provider.asked]
+    assert starts == [START, START - timedelta(days=30), START - timedelta(days=60)]
+    assert asked.window == QUARTER
+    assert used_days(asked) == used
+
+
+def test_a_large_answer_is_enough_for_one_observation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is bounded by what one observation holds: the days before are left for another."""
+    monkeypatch.setattr(asking, "ENOUGH_BYTES", 100)
+    provider = Provider(date(2100, 1, 1), {START})
+    asked = ask_usage(provider, window=QUARTER)
+    assert len(provider.asked) == 1
+    assert (asked.verdict.ok, asked.window) == (True, WINDOW)
+
+
+@pytest.mark.parametrize("trouble", [TryLater("network", "gone"), ContractBroken("body_too_large", "too much")])
+@pytest.mark.parametrize("answered", [0, 1, 2])
+def test_what_was_answered_before_trouble_counts(answered: int, trouble: Exception) -> None:
+    """Without an answer to a later piece the pieces before it stand; without any there is nothing."""
+    question = ask(Dataset.USAGE_MEMBER, QUARTER, now=NOW, cost_since=None)
+    provider = Provider(date(2100, 1, 1), {START})
+    request = next(question)
+    for _ in range(answered):
+        request = question.send(provider(request))
+    if not answered:
+        with pytest.raises(type(trouble)):
+            question.throw(trouble)
+        return
+    with pytest.raises(StopIteration) as stopped:
+        question.throw(trouble)
+    asked: Asked = stopped.value.value
+    assert asked.window == Window(QUARTER.end - timedelta(days=30 * answered), QUARTER.end)
+    assert sorted(page.window.start for page in asked.pages if page.window) == [
+        QUARTER.end - timedelta(days=30 * n) for n in range(answered, 0, -1)
+    ]
+
+
+def test_a_refusal_of_an_early_piece_leaves_the_later_ones() -> None:
+    """The refused days are asked again as a part of their own, where the refusal is the part's."""
+    provider = Provider(date(2100, 1, 1), {START})
+
+    def refuses_old_days(request: Request) -> Answer:
+        return provider(request) if utc_day(body_of(request)["start_time"]) == START else error(500, "internal")
+
+    asked = ask_usage(refuses_old_days, window=QUARTER)
+    assert (asked.verdict.ok, asked.window) == (True, WINDOW)
+    first = ask_usage(refuses_old_days, window=Window(QUARTER.start, START))
+    assert (first.verdict.finding, first.pages) == (Finding.TRANSIENT, ())
+
+
+@pytest.mark.parametrize("switched", [5, 30, 45, 75])
+def test_a_switch_to_money_is_found_in_whatever_piece_it_lies(switched: int) -> None:
+    """Pieces asked later know what earlier ones learned, and days billed in money are asked in money only."""
+    switch = QUARTER.start + timedelta(days=switched)
+    used = {QUARTER.start + timedelta(days=n) for n in range(90)}
+    asked = ask_usage(Provider(switch, used), window=QUARTER)
+    assert (asked.window, asked.cost_since) == (QUARTER, switch)
+    assert used_days(asked) == used
+    tiles = sorted((page.window.start, page.window.end) for page in asked.pages if page.window)
+    assert tiles[0][0] == QUARTER.start
+    assert tiles[-1][1] == QUARTER.end
+    assert all(before[1] == after[0] for before, after in itertools.pairwise(tiles))
 
 
 def test_the_end_is_cut_to_now() -> None:

@@ -47,9 +47,9 @@ from worker.elevenlabs.asking import Window, ask, drive
 from worker.elevenlabs.protocol import Answer
 from worker.entries import Entry, Observation
 from worker.entries import _observation as whole_or_torn
-from worker.observe import Ports, observe
+from worker.observe import observe
 from worker.plan import OpenPart, pick
-from worker.ports import Base, Target
+from worker.ports import Base, Ports, Target
 from worker.writer import Turn, fold
 
 SEEDS = 3000
@@ -423,7 +423,7 @@ async def _no_replay(self: model.Subscriber, actor: Actor, dataset: Dataset) -> 
 @pytest.mark.parametrize(
     ("broken", "blows"),
     [
-        ({"worker.observe.believed": _any_snapshot}, ["stray"]),
+        ({"worker.look.believed": _any_snapshot}, ["stray"]),
         ({"worker.chain.fate": _any_newer}, ["restore", "back_up"]),
         ({"worker.chain.fate": _whatever_was_claimed}, ["stray"]),
         ({"worker.chain.fate": _applied_again}, ["kill"]),

@@ -152,7 +152,7 @@ def compare_days(asked: Claim, base: Base, seen: Listing, rows: Listing) -> Foun
     """Compare as `observe` does: doubtful days are read from `rows`."""
     doubtful = doubtful_days(asked, base, fingerprints(seen), LIMITS)
     before = {subject: rows[subject] for subject in doubtful if subject in rows}
-    return compare_usage(asked, base, seen, before=before, limits=LIMITS, horizon=HORIZON)
+    return compare_usage(asked, base, seen, fingerprints(seen), before=before, limits=LIMITS, horizon=HORIZON)
 
 
 @given(AMOUNTS, AMOUNTS, AMOUNTS)

@@ -27,13 +27,13 @@ from tests.fixtures.model import (
     Part,
     Redis,
 )
-from worker import observe as recipe
+from worker import look as recipe
 from worker.changes import GuardLimits
 from worker.elevenlabs.asking import Window
 from worker.elevenlabs.protocol import Answer, Finding, Request
 from worker.entries import Observation, assemble
-from worker.observe import Ports, Published, Result, Returned, observe
-from worker.ports import Claim, Failure, Quiet
+from worker.observe import Published, Result, observe
+from worker.ports import Claim, Failure, Ports, Quiet, Returned
 from worker.writer import Turn, fold
 
 MEMBERS, USAGE = Dataset.MEMBERS, Dataset.USAGE_PRODUCT

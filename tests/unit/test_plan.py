@@ -38,7 +38,7 @@ CONNECTOR = UUID(int=7)
 DAY = timedelta(days=1)
 KINDS = st.sampled_from(RunKind)
 TIMES = st.datetimes(datetime(2020, 1, 1), datetime(2030, 1, 1), timezones=st.just(UTC))  # noqa: DTZ001 - the zone stands beside
-CALENDARS = st.builds(Calendar, st.integers(1, 10), st.integers(1, 120), st.integers(1, 30))
+CALENDARS = st.builds(Calendar, st.integers(1, 10), st.integers(1, 120), st.integers(1, 30), st.integers(1, 120))
 ORDER = [RunKind.POLL, RunKind.RECONCILE, RunKind.BACKFILL]
 
 
@@ -147,8 +147,8 @@ def test_directory_and_usage_go_side_by_side() -> None:
 
 @given(KINDS, TIMES, CALENDARS)
 def test_windows_cover_their_days_once(kind: RunKind, as_of: datetime, calendar: Calendar) -> None:
-    """Whole days, each once, at most 30 in a window, newest first, today included."""
-    found = windows(kind, as_of=as_of, calendar=calendar)
+    """Whole days, each once, at most `part_days` in a window, newest first, today included."""
+    found = [(window.start, window.end) for window in windows(kind, as_of=as_of, calendar=calendar)]
     days = [start + n * DAY for start, end in found for n in range((end - start).days)]
     wanted = {
         RunKind.POLL: calendar.lookback_days + 1,
@@ -156,14 +156,14 @@ def test_windows_cover_their_days_once(kind: RunKind, as_of: datetime, calendar:
         RunKind.BACKFILL: calendar.backfill_days,
     }[kind]
     assert sorted(days) == [as_of.date() - n * DAY for n in range(wanted - 1, -1, -1)]
-    assert all(0 < (end - start).days <= min(30, calendar.window_days) for start, end in found)
+    assert all(0 < (end - start).days <= calendar.part_days for start, end in found)
     assert found == sorted(found, reverse=True)
 
 
 @given(TIMES, CALENDARS)
 def test_a_poll_asks_for_every_day_that_is_not_settled(as_of: datetime, calendar: Calendar) -> None:
     """A day is settled when no poll asks for it any more."""
-    start = min(start for start, _ in windows(RunKind.POLL, as_of=as_of, calendar=calendar))
+    start = min(window.start for window in windows(RunKind.POLL, as_of=as_of, calendar=calendar))
     assert start == settled_before(as_of, calendar)
 
 
@@ -211,7 +211,7 @@ def test_a_run_asks_for_everything(kind: RunKind, as_of: datetime, calendar: Cal
     """Each directory once and each usage window once per dimension; planning again gives the same parts."""
     parts = plan(kind, Status.CONNECTED, {}, as_of=as_of, calendar=calendar)
     spans = windows(kind, as_of=as_of, calendar=calendar)
-    expected = [PlannedPart(d) for d in DIRECTORY] + [PlannedPart(d, *span) for span in spans for d in USAGE]
+    expected = [PlannedPart(d) for d in DIRECTORY] + [PlannedPart(d, s.start, s.end) for s in spans for d in USAGE]
     assert Counter(parts) == Counter(expected)
     assert parts == plan(kind, Status.CONNECTED, {}, as_of=as_of, calendar=calendar)
 

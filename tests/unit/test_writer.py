@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from schemas.connectors import Dataset
 from schemas.events import MAX_BATCH, Op
 from tests.fixtures.model import HandLoop
+from worker import writer
 from worker.changes import Change
 from worker.entries import Entry, Observation, Report, batches
 from worker.errors import ContractBroken, TryLater
@@ -86,7 +87,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 def turn_of(desk: Desk, count: int = 100) -> Turn:
     """Fold until there is nothing more."""
-    turn = Turn(desk)
+    turn = Turn(desk, entries=count)
     while run(fold([turn], desk, count=count)):
         pass
     return turn
@@ -95,7 +96,7 @@ def turn_of(desk: Desk, count: int = 100) -> Turn:
 def test_an_empty_stream_is_nothing_to_do() -> None:
     """No transaction is opened."""
     desk = Desk()
-    assert (turn_of(desk), desk.transactions, desk.log) == (Turn(desk), 0, [])
+    assert (turn_of(desk), desk.transactions, desk.log) == (Turn(desk, entries=100), 0, [])
 
 
 def test_many_observations_are_one_transaction_and_then_acknowledged() -> None:
@@ -186,6 +187,48 @@ def test_the_end_of_an_observation_alone_is_not_applied() -> None:
     turn_of(desk)
     assert desk.done("applied") == [2]
     assert sorted(desk.done("acknowledged")) == ["1-1", "2-0"]
+
+
+class Counting(Desk):
+    """It notes how much was asked for at once."""
+
+    def __init__(self, entries: Sequence[Entry]) -> None:
+        super().__init__(list(entries))
+        self.asked: list[int] = []
+
+    async def read(self, count: int) -> list[Entry]:
+        self.asked.append(count)
+        return await super().read(count)
+
+
+def test_large_entries_are_read_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory is bounded by bytes, whatever an entry holds; small entries are read as many as allowed."""
+    entries = [entry for n in range(1, 9) for entry in written(n)]
+    size = sum(map(len, entries[0].fields.values()))
+    large = Counting(entries)
+    monkeypatch.setattr(writer, "READ_BYTES", int(2.5 * size))
+    turn = Turn(large, entries=3)
+    while run(fold([turn], large, count=100)):
+        pass
+    assert large.asked == [3, 2, 2, 2, 2]
+    assert large.done("applied") == list(range(1, 9))
+    small = Counting(entries)
+    monkeypatch.setattr(writer, "READ_BYTES", 1000 * size)
+    turn = Turn(small, entries=3)
+    while run(fold([turn], small, count=5)):
+        pass
+    assert small.asked == [3, 5, 5]
+
+
+def test_an_observation_larger_than_a_read_is_not_left_in_the_middle() -> None:
+    """A turn goes on for it: the next one would begin at its beginning again, and never come to its end."""
+    desk = Desk(written(1, 3 * MAX_BATCH))
+    turn = Turn(desk, entries=2)
+    assert run(fold([turn], desk, count=2)) == 2
+    assert turn.large
+    assert run(fold([turn], desk, count=2)) == 1
+    assert (turn.large, desk.done("applied")) == (False, [1])
+    assert not Turn(desk, applied=1, tail=written(2)).large
 
 
 def test_partitions_are_applied_together() -> None:

@@ -5,7 +5,7 @@ No question waits or connects: `client.Client.converse` drives them over HTTP, `
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, time, timedelta
 from enum import StrEnum
@@ -16,7 +16,12 @@ import orjson
 from schemas.connectors import Dataset
 from worker.elevenlabs.protocol import OK_VERDICT, Answer, Finding, Request, Verdict, classify
 from worker.elevenlabs.tabular import Table, number_or_none, utc_day
-from worker.errors import ContractBroken
+from worker.errors import ContractBroken, TryLater
+
+MOST_DAYS: Final = 30
+"""Another client caps a window of daily figures at 31 days (seen in the wild), and no row limit is documented."""
+ENOUGH_BYTES: Final = 1_000_000
+"""Answers of that size are an observation of their own: all of it is in memory at once, in several forms."""
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _DAY: Final = timedelta(days=1)
@@ -69,6 +74,14 @@ class Window:
             return None, self
         return Window(self.start, day), Window(day, self.end)
 
+    def backwards(self, most_days: int) -> Iterator[Window]:
+        """Cut into windows of at most so many days, the latest first."""
+        end = self.end
+        while end > self.start:
+            start = max(self.start, end - timedelta(days=most_days))
+            yield Window(start, end)
+            end = start
+
 
 @dataclass(frozen=True, slots=True)
 class Page:
@@ -81,14 +94,16 @@ class Page:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a question brought: pages only when the verdict is ok, and then their windows tile the asked one.
+    """What a question brought: pages only when the verdict is ok, and then their windows tile `window`.
 
     `cost_since` is the earliest day known to be billed in money; None says that this question knows of none.
+    `window` is of usage only: the days asked for, or the latest of them, when more would be too much at once.
     """
 
     verdict: Verdict
     pages: tuple[Page, ...] = ()
     cost_since: date | None = None
+    window: Window | None = None
 
 
 Asking: TypeAlias = Generator[Request, Answer, Asked]
@@ -99,8 +114,10 @@ def probe() -> Asking:
     return (yield from _list(_LISTS[Dataset.WORKSPACE]))
 
 
-def ask(dataset: Dataset, window: Window | None, *, now: datetime, cost_since: date | None) -> Asking:
-    """Ask for a dataset, for usage in a window of days; at most 8 requests for 30 days, nearly always 1.
+def ask(
+    dataset: Dataset, window: Window | None, *, now: datetime, cost_since: date | None, most_days: int = MOST_DAYS
+) -> Asking:
+    """Ask for a dataset, for usage in a window of days; at most 8 requests for `most_days`, nearly always 1.
 
     Args:
         dataset: what to list.
@@ -108,18 +125,37 @@ def ask(dataset: Dataset, window: Window | None, *, now: datetime, cost_since: d
         now: aware time.
         cost_since: the first day billed in money as far as known. Days before it that prove to be billed in
             money too move it back.
+        most_days: of usage in one request. More are asked for piece by piece, the latest first, until that is
+            enough for one observation, or until a later piece fails: `Asked.window` tells what there is.
 
     Raises:
         ValueError: usage without a window, or a window that lies in the future.
+        TryLater, ContractBroken: as they were thrown in for want of an answer, when nothing is there yet.
 
     """
     if dataset in _LISTS:
         return replace((yield from _list(_LISTS[dataset], now)), cost_since=cost_since)
     if window is None or _midnight(window.start) > now:
         raise ValueError("usage is asked for a window that has begun")
+    asked = Asked(OK_VERDICT, cost_since=cost_since)
+    for piece in window.backwards(most_days):
+        try:
+            found = yield from _piece(_GROUPED_BY[dataset], piece, now, asked.cost_since)
+        except (TryLater, ContractBroken):
+            if asked.pages:
+                break
+            raise
+        if not found.verdict.ok:
+            return asked if asked.pages else found
+        asked = replace(found, pages=found.pages + asked.pages, window=Window(piece.start, window.end))
+        if sum(len(page.body) for page in asked.pages) >= ENOUGH_BYTES:
+            break
+    return asked
+
+
+def _piece(column: str, window: Window, now: datetime, cost_since: date | None) -> Asking:
     known = cost_since if cost_since is not None and cost_since <= now.astimezone(UTC).date() else None
     before, after = window.split(known)
-    column = _GROUPED_BY[dataset]
     asked = Asked(OK_VERDICT)
     if before:
         asked = yield from _maybe_switched(column, before, now)

@@ -140,8 +140,12 @@ class Client:
         try:
             request = next(asking)
             while True:
-                answer = await self.send(base_url, api_key, request, deadline_s=ends - loop.time())
-                request = asking.send(answer)
+                try:
+                    answer = await self.send(base_url, api_key, request, deadline_s=ends - loop.time())
+                except (TryLater, ContractBroken) as trouble:
+                    request = asking.throw(trouble)  # what it has learned by now may be enough
+                else:
+                    request = asking.send(answer)
         except StopIteration as stop:
             asked: Asked = stop.value
             return asked

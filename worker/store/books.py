@@ -22,7 +22,7 @@ RETURN_WAIT = timedelta(seconds=1)
 class PgBooks:
     """`worker.ports.Books` on one connection.
 
-    `more` collects connectors whose runs may have more to send now; the caller takes it.
+    `more` collects connectors of which more may be sent now; the caller takes it.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -61,7 +61,7 @@ class PgBooks:
 
 
 async def apply(connection: Connection, observations: Sequence[Observation]) -> set[UUID]:
-    """Apply observations inside the caller's transaction; return connectors with open runs."""
+    """Apply observations inside the caller's transaction; return connectors of which more may be sent."""
     connectors = await lock_connectors(connection, {o.connector_id for o in observations})
     chains = await _chains(connection, observations)
     good: list[Observation] = []

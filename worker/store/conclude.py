@@ -62,7 +62,7 @@ async def conclude(
     *,
     runs: Collection[UUID] = (),
 ) -> set[UUID]:
-    """Settle outcomes, their runs and `runs`; return connectors with open runs (there may be more to send)."""
+    """Settle outcomes, their runs and `runs`; return connectors of which more may be sent."""
     ids = list(connectors)
     access = await _access(connection, ids)
     held = await _held(connection, ids)
@@ -94,7 +94,7 @@ async def conclude(
             access_changed=_differs(before[connector_id], access[connector_id]),
             usage_gained=gained and row["backfilled_at"] is not None,
         )
-    return finished.open
+    return finished.unsent
 
 
 async def _judge(

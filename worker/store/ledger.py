@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date, timedelta
 from uuid import UUID
 
@@ -191,6 +192,35 @@ class PgLedger:
             )
 
         await self._db.statement(work)
+
+    async def narrow(self, claim: Claim, window: Window) -> Claim | None:
+        """Split a part; see `worker.ports.Ledger`."""
+
+        async def work(connection: Connection) -> bool:
+            rows = await connection.execute(
+                """
+                WITH part AS (
+                    UPDATE rollcall.sync_parts SET window_start = %(start)s
+                    WHERE id = %(id)s AND claimed = %(number)s AND status = 'running' AND window_start < %(start)s
+                    RETURNING run_id, connector_id, kind, dataset
+                ),
+                rest AS (
+                    INSERT INTO rollcall.sync_parts (id, run_id, connector_id, kind, dataset, window_start, window_end)
+                    SELECT gen_random_uuid(), run_id, connector_id, kind, dataset, %(first)s, %(start)s FROM part
+                )
+                UPDATE rollcall.sync_runs r SET parts_total = parts_total + 1 FROM part WHERE r.id = part.run_id
+                RETURNING r.id
+                """,
+                {
+                    "start": window.start,
+                    "first": claim.window and claim.window.start,
+                    "id": claim.part_id,
+                    "number": claim.number,
+                },
+            )
+            return await rows.fetchone() is not None
+
+        return replace(claim, window=window) if await self._db.transaction(work) else None
 
     async def remember_cost_since(self, claim: Claim, day: date) -> None:
         """Note when the workspace became cost-billed; see `worker.ports.Ledger`."""

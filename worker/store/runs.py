@@ -23,10 +23,10 @@ SCHEDULER = "schedule"
 
 @dataclass(slots=True)
 class Finished:
-    """Runs that ended now, and the connectors that still have an open run among those looked at."""
+    """Runs that ended now, and the connectors, of those looked at, with parts that nobody has in hand."""
 
     ended: list[Row] = field(default_factory=list)
-    open: set[UUID] = field(default_factory=set)
+    unsent: set[UUID] = field(default_factory=set)
 
 
 async def insert_parts(
@@ -94,14 +94,16 @@ async def finish_runs(connection: Connection, ids: Collection[UUID], connectors:
             error_reason = CASE WHEN n.open = 0 THEN n.why END,
             finished_at = CASE WHEN n.open = 0 THEN now() END
         FROM n WHERE r.id = n.run_id AND r.status IN ('queued', 'running')
-        RETURNING r.*, n.open AS open_parts, n.unlucky, n.changes, n.first_day, n.last_day
+        RETURNING r.*, n.open AS open_parts, n.unlucky, n.changes, n.first_day, n.last_day,
+                  EXISTS (SELECT 1 FROM rollcall.sync_parts p WHERE p.connector_id = r.connector_id
+                          AND p.status IN ('queued', 'waiting') AND p.lane IS NULL) AS unsent
         """,
         [[str(reason) for reason in DENIALS], wanted],
     )
     async for row in rows:
-        if row["open_parts"]:
-            finished.open.add(row["connector_id"])
-        else:
+        if row["unsent"]:
+            finished.unsent.add(row["connector_id"])
+        if not row["open_parts"]:
             finished.ended.append(row)
     await _after(connection, finished.ended, connectors)
     return finished
@@ -169,16 +171,23 @@ def run_announcement(run: Row, connector: Row) -> Announcement:
 
 
 async def _check_totals(connection: Connection, run: Row) -> None:
-    """Record where the dimensions of a day do not add up to the same total."""
+    """Record where the dimensions of a day do not add up to the same total; most do exactly, and stay in Postgres."""
     rows = await connection.execute(
         """
-        SELECT u.dimension, u.bucket_start::text AS day, u.unit, sum(u.amount) AS amount
-        FROM rollcall.credit_usage u
-        WHERE u.connector_id = %(c)s AND u.bucket_start IN (
-            SELECT day FROM rollcall.usage_coverage
-            WHERE connector_id = %(c)s AND day >= %(first)s AND day < %(last)s AND state <> 'unavailable'
-            GROUP BY day HAVING count(*) = 3)
-        GROUP BY 1, 2, 3
+        SELECT dimension, day, unit, amount
+        FROM (
+            SELECT u.dimension, u.bucket_start::text AS day, u.unit, sum(u.amount) AS amount,
+                   count(*) OVER same AS dimensions, min(sum(u.amount)) OVER same AS least,
+                   max(sum(u.amount)) OVER same AS most
+            FROM rollcall.credit_usage u
+            WHERE u.connector_id = %(c)s AND u.bucket_start IN (
+                SELECT day FROM rollcall.usage_coverage
+                WHERE connector_id = %(c)s AND day >= %(first)s AND day < %(last)s AND state <> 'unavailable'
+                GROUP BY day HAVING count(*) = 3)
+            GROUP BY u.dimension, u.bucket_start, u.unit
+            WINDOW same AS (PARTITION BY u.bucket_start, u.unit)
+        ) t
+        WHERE dimensions < 3 OR least <> most
         """,
         {"c": run["connector_id"], "first": run["first_day"], "last": run["last_day"]},
     )

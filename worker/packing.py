@@ -1,0 +1,52 @@
+"""Snapshots as they are kept: compressed JSON. Pure."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping
+
+import msgspec
+import orjson
+
+from schemas.records import Record
+from worker.ports import Base, Packed
+
+
+class _Kept(msgspec.Struct):
+    records: dict[str, msgspec.Raw]
+    days: dict[str, tuple[str, int]]
+
+
+_KEPT = msgspec.json.Decoder(_Kept)
+_RECORD = msgspec.json.Decoder(Record)
+
+
+class _Records(Mapping[str, Record]):
+    """Records that are decoded one by one, when they are looked at: all at once, a large listing takes much memory."""
+
+    def __init__(self, kept: dict[str, msgspec.Raw]) -> None:
+        self._kept = kept
+
+    def __getitem__(self, subject: str) -> Record:
+        return _RECORD.decode(self._kept[subject])
+
+    def __contains__(self, subject: object) -> bool:
+        return subject in self._kept
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._kept)
+
+    def __len__(self) -> int:
+        return len(self._kept)
+
+
+def pack(base: Base) -> Packed:
+    """Compress a snapshot; level 1, since it is written more often than it is kept."""
+    document = orjson.dumps({"records": dict(base.records), "days": base.days})
+    return Packed(base.version, zlib.compress(document, 1))
+
+
+def unpack(packed: Packed) -> Base:
+    """Read a compressed snapshot."""
+    kept = _KEPT.decode(zlib.decompress(packed.blob))
+    return Base(packed.version, records=_Records(kept.records), days=kept.days)
