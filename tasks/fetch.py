@@ -11,7 +11,8 @@ from worker.observe import observe
 from worker.ports import Failure, Quiet, Returned
 from worker.wiring import Runtime
 
-DEADLINE_S = 300.0
+DEADLINE_S = 600.0
+"""Four parts in a lane, one after the other, each as long as its deadline allows, and what settles them."""
 
 
 def _fetch(name: str, message: dict[str, object]) -> None:

@@ -74,7 +74,7 @@ def diff(base: Mapping[str, Record], seen: Listing, *, remove: Collection[str]) 
 
 def merged(base: Mapping[str, Record], seen: Listing, remove: Collection[str]) -> Listing:
     """Make the next base: what is seen, and what is missing but not removed as it was last seen."""
-    held = {subject: record for subject, record in base.items() if subject not in seen and subject not in remove}
+    held = {subject: base[subject] for subject in base if subject not in seen and subject not in remove}
     return seen | held
 
 

@@ -73,11 +73,7 @@ async def look(claim: Claim, head: Head, ports: Ports) -> Draft | Quiet | Failur
         TryLater: Postgres or Redis is not there.
 
     """
-    try:
-        listed = await _listed(claim, head, ports)
-    except ContractBroken as error:
-        log.warning("provider_contract_broken", reason=error.reason, detail=error.message)
-        return Failure(claim, Verdict(Finding.SCHEMA, error.reason, error.message))
+    listed = await _listed(claim, head, ports)
     return await _changed(listed, head, ports) if isinstance(listed, _Listed) else listed
 
 
@@ -91,13 +87,19 @@ async def _listed(claim: Claim, head: Head, ports: Ports) -> _Listed | Quiet | F
     )
     with metrics.REQUEST_SECONDS.time():
         asked = await ports.provider.converse(claim.target, question)
-    metrics.REQUESTS.labels(claim.dataset, asked.verdict.finding).inc()
+    for verdict in filter(None, (asked.verdict, asked.rest)):
+        metrics.REQUESTS.labels(claim.dataset, verdict.finding).inc()
     if not asked.verdict.ok:
         return Failure(claim, await _confirmed(claim, asked.verdict, ports))
     if asked.cost_since is not None and asked.cost_since != claim.target.cost_since:
         await ports.ledger.remember_cost_since(claim, asked.cost_since)
+    return await _read(claim, head, asked, ports)
+
+
+async def _read(claim: Claim, head: Head, asked: Asked, ports: Ports) -> _Listed | Quiet | Failure | Returned:
     if asked.window is not None and asked.window != claim.window:
-        narrowed = await ports.ledger.narrow(claim, asked.window)
+        log.info("part_narrowed", days=str(asked.window), rest=asked.rest.reason if asked.rest else "large")
+        narrowed = await ports.ledger.narrow(claim, asked.window, asked.rest)
         if narrowed is None:
             return Returned(claim, "chain_moved", REFUSED_WAIT_S)
         claim = narrowed
@@ -106,7 +108,13 @@ async def _listed(claim: Claim, head: Head, ports: Ports) -> _Listed | Quiet | F
     digest = answer_digest(claim, asked.pages, settled)
     if trust and head.digest == digest and not claim.held:
         return Quiet(claim, claim.version, records=None)
-    seen, incomplete = _normalized(claim, asked, settled)
+    try:
+        seen, incomplete = _normalized(claim, asked, settled)
+    except ContractBroken as error:
+        if latest := asked.latest(ports.calendar.window_days):
+            return await _read(claim, head, latest, ports)  # what cannot be read costs no other days
+        log.warning("provider_contract_broken", reason=error.reason, detail=error.message)
+        return Failure(claim, Verdict(Finding.SCHEMA, error.reason, error.message))
     return _Listed(claim, seen, incomplete, digest, trust)
 
 

@@ -136,8 +136,11 @@ class Ledger(Protocol):
     async def published(self, claims: Sequence[Claim]) -> None:
         """Note that these observations went to the stream, and free their lanes."""
 
-    async def narrow(self, claim: Claim, window: Window) -> Claim | None:
-        """Leave the part its latest days, make the others a part of their own; None: it is not ours any more."""
+    async def narrow(self, claim: Claim, window: Window, because: Verdict | None) -> Claim | None:
+        """Leave the part its latest days, make the days before a part of their own; None: it is not ours any more.
+
+        `because` is what was answered for the days before, None when they would only be too much at once.
+        """
 
     async def remember_cost_since(self, claim: Claim, day: date) -> None:
         """Note the first cost-billed day of the workspace."""

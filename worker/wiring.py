@@ -28,7 +28,8 @@ from worker.store.sending import Dispatch, Schedule
 from worker.vault import Vault
 
 REQUESTS_OF_A_PART = 4
-"""A part rarely asks more often (usage around a switch of billing): its deadline is that many timeouts."""
+"""A part rarely asks more often (usage around a switch of billing): its deadline is that many timeouts. What was
+answered by then counts; the days before become a part of their own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +116,7 @@ async def runtime(settings: Settings, application: str) -> AsyncIterator[Runtime
                 ledger=PgLedger(
                     db,
                     lease_s=settings.part_lease_s,
-                    request_s=settings.fetch_timeout_s,
+                    request_s=settings.fetch_timeout_s * REQUESTS_OF_A_PART,
                     attempts=settings.part_attempts,
                     worker=process_name(),
                 ),

@@ -20,7 +20,8 @@ from worker.ports import Books, Journal
 log = structlog.get_logger()
 
 READ_BYTES = 4_000_000
-"""How much one read of a partition may bring, about: an entry holds up to 500 events, or one."""
+"""How much one read of a partition should bring: an entry holds up to 500 events, or one. How large entries are is
+known of the last ones only, so reads grow step by step."""
 FIRST_READ_ENTRIES = 16
 
 
@@ -29,7 +30,8 @@ class Turn:
     """A turn on one partition, and what it did.
 
     `tail` is an observation whose end was not read yet, `ahead` the next batch if it was read already; both stay
-    pending, and a next turn begins with them. `entries` is how many may be read at once, by the size of the last ones.
+    pending, and a next turn begins with them. `most` is how many entries may be read at once, by the size of the last
+    ones.
     """
 
     journal: Journal
@@ -37,7 +39,7 @@ class Turn:
     dead: int = 0
     tail: Sequence[Entry] = ()
     ahead: Reading | None = None
-    entries: int = FIRST_READ_ENTRIES
+    most: int = FIRST_READ_ENTRIES
 
     @property
     def large(self) -> bool:
@@ -51,7 +53,7 @@ _Batch = Sequence[tuple[Turn, Observation]]
 async def fold(turns: Sequence[Turn], books: Books, *, count: int) -> int:
     """Read and apply one batch, at most `count` entries of each partition; give how many entries were read.
 
-    What is in hand is bounded by bytes too (`READ_BYTES`), but for an observation that is larger by itself.
+    Of large entries it reads fewer (`READ_BYTES`); an observation is in hand whole, however large.
 
     Raises:
         TryLater: Postgres or Redis is not there; nothing was acknowledged that is not committed.
@@ -84,13 +86,13 @@ async def _next(turn: Turn, count: int) -> Reading:
 
 
 async def _read(turn: Turn, count: int) -> Reading:
-    wanted = min(count, turn.entries)
+    wanted = min(count, turn.most)
     entries = await turn.journal.read(wanted)
     reading = assemble([*turn.tail, *entries])
     reading.entries, reading.more = len(entries), len(entries) >= wanted
     if entries:
         size = sum(len(value) for entry in entries for value in entry.fields.values())
-        turn.entries = max(1, READ_BYTES * len(entries) // max(1, size))
+        turn.most = max(1, min(2 * wanted, READ_BYTES * len(entries) // max(1, size)))
     return reading
 
 

@@ -27,7 +27,7 @@ from tests.fixtures.states import Folder, of_truth
 from worker.changes import GuardLimits
 from worker.elevenlabs.asking import Asked, Window, ask
 from worker.elevenlabs.client import Client
-from worker.elevenlabs.protocol import Answer, Request
+from worker.elevenlabs.protocol import Answer, Request, Verdict
 from worker.observe import Published, Result, observe
 from worker.plan import AccessRow, Calendar, PlannedPart, partition_of, plan
 from worker.ports import Base, Claim, Failure, Ports, Quiet, Target
@@ -82,9 +82,9 @@ class MemoryLedger:
         """Nothing may be given back here."""
         raise WrongResultError(f"{claim.dataset} was given back: {reason}, {wait_s} s")
 
-    async def narrow(self, claim: Claim, window: Window) -> Claim | None:
+    async def narrow(self, claim: Claim, window: Window, because: Verdict | None) -> Claim | None:
         """Nothing is too large here."""
-        raise WrongResultError(f"{claim.dataset} was cut to {window}")
+        raise WrongResultError(f"{claim.dataset} was cut to {window}: {because}")
 
     async def remember_cost_since(self, claim: Claim, day: date) -> None:
         """Nobody is billed in money here."""

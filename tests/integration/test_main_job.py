@@ -125,6 +125,51 @@ async def test_days_answered_before_an_outage_are_kept(harness: Harness, kind: s
     await harness.agree(acme)
 
 
+async def test_days_that_cannot_be_read_cost_no_others(harness: Harness) -> None:
+    """Of all usage only the latest days are told in a known shape: these are known, and each of the others is tried."""
+    acme = await harness.add_connector()
+    usage = {"path_prefix": "/v1/workspace/analytics"}
+    harness.simulator.faults("acme", {"kind": "schema_broken", "match": usage, "after": 1})
+    (run,) = await harness.poll(acme)
+    assert (run["status"], run["parts_total"], run["parts_failed"]) == ("partial", 4 + 3 * 3, 3 * 3 - 1)
+    failed = await harness.rows("SELECT * FROM rollcall.sync_parts WHERE status = 'failed'")
+    assert {part["error_class"] for part in failed} == {"ContractBroken"}
+    assert {(part["window_end"] - part["window_start"]).days for part in failed} == {30}
+    assert (await harness.one("SELECT count(*) AS days FROM rollcall.usage_coverage"))["days"] == 30
+    harness.simulator.faults("acme")
+    await harness.poll(acme)
+    await harness.agree(acme)
+
+
+@pytest.mark.parametrize("broken", [1, 2])
+async def test_one_unreadable_answer_is_asked_for_again(harness: Harness, broken: int) -> None:
+    """The days before those that could be read are a part of their own: a passing fault costs nothing."""
+    acme = await harness.add_connector()
+    usage = {"path_prefix": "/v1/workspace/analytics"}
+    harness.simulator.faults("acme", {"kind": "schema_broken", "match": usage, "after": broken, "times": 1})
+    (run,) = await harness.poll(acme)
+    assert (run["status"], run["parts_failed"]) == ("succeeded", 0)
+    await harness.agree(acme)
+
+
+async def test_a_refusal_met_on_the_way_is_the_earlier_days_own(harness: Harness) -> None:
+    """A scope taken away in the middle of a part leaves what was told, and is named by the part that follows."""
+    acme = await harness.add_connector()
+    usage = {"path_prefix": "/v1/workspace/analytics"}
+    refusal = {"kind": "missing_scope", "permission": "workspace_read", "match": usage, "after": 1}
+    harness.simulator.faults("acme", refusal)
+    (run,) = await harness.poll(acme)
+    assert run["status"] == "partial"
+    covered = await harness.rows("SELECT dimension, count(*) AS days FROM rollcall.usage_coverage GROUP BY 1")
+    assert [row["days"] for row in covered] == [30]
+    denied = await harness.rows("SELECT dataset FROM rollcall.connector_access WHERE state = 'denied'")
+    assert {row["dataset"] for row in denied} == {"usage.product", "usage.member", "usage.api_key"}
+    harness.simulator.faults("acme")
+    await harness.poll(acme)
+    await harness.poll(acme)
+    await harness.agree(acme)
+
+
 async def test_many_changes_travel_in_many_entries(harness: Harness) -> None:
     """An observation of more than 500 events is split into adjacent entries and still applied whole."""
     acme = await harness.synced(members=1_201)

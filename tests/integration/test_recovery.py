@@ -481,6 +481,21 @@ async def test_observations_longer_than_a_batch_are_folded_whole(
         assert (await harness.redis.xpending(acme.stream, GROUP))["pending"] == 0
 
 
+async def test_a_turn_lasts_until_a_large_observation_is_read(
+    database_url: str, redis_url: str, simulator: Simulator
+) -> None:
+    """However short turns and reads are, an observation of many entries comes to its end."""
+    async with opened(database_url, redis_url, simulator, writer_batch_entries=1, writer_turn_s=0.001) as harness:
+        acme = await harness.add_connector(members=1_600)
+        await harness.tick()
+        while harness.messages:
+            await harness.deliver(harness.messages.popleft())
+        async with asyncio.timeout(SOON_S):
+            await harness.write()
+        await harness.settle()
+        await harness.agree(acme)
+
+
 async def test_a_writer_killed_in_its_transaction_loses_nothing(harness: Harness) -> None:
     """The connection dies under the batch: nothing of it is there, and the next turn applies all of it."""
     acme = await harness.synced()

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -19,6 +20,7 @@ from schemas.connectors import Dataset
 from tests.fixtures.harness import Harness
 from tests.fixtures.servers import revive
 from worker.dev.stack import EmbeddedStack
+from worker.elevenlabs.protocol import Finding, Verdict
 from worker.errors import ContractBroken, Refused, TryLater
 from worker.plan import CONNECTORS_PER_MESSAGE, messages
 from worker.store import migrate as migrating
@@ -177,6 +179,31 @@ async def test_a_part_is_claimed_once(harness: Harness) -> None:
     numbers = {claim.dataset: claim.number for some in claims for claim in some}
     rows = await harness.rows("SELECT dataset, claimed FROM rollcall.connector_access")
     assert {Dataset(row["dataset"]): row["claimed"] for row in rows} == numbers
+
+
+async def test_a_part_is_cut_by_whoever_holds_it(harness: Harness) -> None:
+    """The days before become a part of their own once, after the provider's wait; a lost claim cuts nothing."""
+    await harness.add_connector()
+    await harness.tick()
+    ledger = harness.runtime.ports.ledger
+    claims = await ledger.claim(list(harness.messages.popleft().lanes))
+    claim = next(claim for claim in claims if claim.dataset is Dataset.USAGE_PRODUCT)
+    assert claim.window is not None
+    latest = next(claim.window.backwards(30))
+    busy = Verdict(Finding.TRANSIENT, "rate_limited", "slow down", retry_after_s=600.0)
+    assert await ledger.narrow(replace(claim, number=claim.number - 1), latest, busy) is None
+    assert await ledger.narrow(claim, latest, busy) == replace(claim, window=latest)
+    assert await ledger.narrow(claim, latest, busy) is None, "it was cut there already"
+    parts = await harness.rows(
+        "SELECT *, not_before > now() + interval '5 minutes' AS later FROM rollcall.sync_parts"
+        " WHERE dataset = 'usage.product' ORDER BY window_start"
+    )
+    assert [(p["window_start"], p["window_end"], p["status"], p["later"]) for p in parts] == [
+        (claim.window.start, latest.start, "queued", True),
+        (latest.start, latest.end, "running", False),
+    ]
+    (run,) = await harness.rows("SELECT parts_total FROM rollcall.sync_runs")
+    assert run["parts_total"] == 4 + 3 + 1
 
 
 async def test_bulk_runs_leave_room(harness: Harness) -> None:

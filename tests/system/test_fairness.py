@@ -97,7 +97,7 @@ async def plan_backfills(place: Installation, ids: Sequence[UUID]) -> None:
     """Plan 330 days of these connectors, of the first one day by day; the tick finds the parts."""
     async with runtime(place.settings, "test") as opened:
         for number, connector_id in enumerate(ids):
-            dispatch = Dispatch(opened.db, Schedule(Calendar(backfill_days=330, window_days=30 if number else 1)))
+            dispatch = Dispatch(opened.db, Schedule(Calendar(backfill_days=330, part_days=30 if number else 1)))
             run_id = uuid4()
             await request_sync(
                 opened.registry,

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from schemas.connectors import Dataset
 from worker.elevenlabs import asking
-from worker.elevenlabs.asking import Asked, Billing, Page, Window, ask, drive, probe
-from worker.elevenlabs.protocol import Answer, Finding, Request
+from worker.elevenlabs.asking import Asked, Billing, Page, Window, ask, drive, probe, unanswered
+from worker.elevenlabs.protocol import OK_VERDICT, Answer, Finding, Request
 from worker.elevenlabs.tabular import Table, utc_day
 from worker.errors import ContractBroken, TryLater
 
@@ -167,25 +167,35 @@ def test_a_large_answer_is_enough_for_one_observation(monkeypatch: pytest.Monkey
     provider = Provider(date(2100, 1, 1), {START})
     asked = ask_usage(provider, window=QUARTER)
     assert len(provider.asked) == 1
-    assert (asked.verdict.ok, asked.window) == (True, WINDOW)
+    assert (asked.verdict.ok, asked.window, asked.rest) == (True, WINDOW, None)
+
+
+def test_the_latest_days_of_an_answer_stand_alone() -> None:
+    """What else was answered may be unreadable; of one piece there is nothing to leave out."""
+    asked = ask_usage(Provider(START, {START}), window=QUARTER)
+    latest = asked.latest(30)
+    assert latest is not None
+    assert (latest.window, latest.rest, latest.latest(30)) == (WINDOW, None, None)
+    assert [page.window for page in latest.pages] == [WINDOW]
+    assert Asked(OK_VERDICT, (Page(None, None, b"[]"),)).latest(30) is None
 
 
 @pytest.mark.parametrize("trouble", [TryLater("network", "gone"), ContractBroken("body_too_large", "too much")])
 @pytest.mark.parametrize("answered", [0, 1, 2])
-def test_what_was_answered_before_trouble_counts(answered: int, trouble: Exception) -> None:
+def test_what_was_answered_before_trouble_counts(answered: int, trouble: TryLater | ContractBroken) -> None:
     """Without an answer to a later piece the pieces before it stand; without any there is nothing."""
     question = ask(Dataset.USAGE_MEMBER, QUARTER, now=NOW, cost_since=None)
     provider = Provider(date(2100, 1, 1), {START})
     request = next(question)
     for _ in range(answered):
         request = question.send(provider(request))
-    if not answered:
-        with pytest.raises(type(trouble)):
-            question.throw(trouble)
-        return
     with pytest.raises(StopIteration) as stopped:
         question.throw(trouble)
     asked: Asked = stopped.value.value
+    if not answered:
+        assert (asked.verdict, asked.pages, asked.window) == (unanswered(trouble), (), None)
+        return
+    assert (asked.verdict.ok, asked.rest) == (True, unanswered(trouble))
     assert asked.window == Window(QUARTER.end - timedelta(days=30 * answered), QUARTER.end)
     assert sorted(page.window.start for page in asked.pages if page.window) == [
         QUARTER.end - timedelta(days=30 * n) for n in range(answered, 0, -1)
@@ -201,6 +211,8 @@ def test_a_refusal_of_an_early_piece_leaves_the_later_ones() -> None:
 
     asked = ask_usage(refuses_old_days, window=QUARTER)
     assert (asked.verdict.ok, asked.window) == (True, WINDOW)
+    assert asked.rest is not None
+    assert asked.rest.finding is Finding.TRANSIENT
     first = ask_usage(refuses_old_days, window=Window(QUARTER.start, START))
     assert (first.verdict.finding, first.pages) == (Finding.TRANSIENT, ())
 

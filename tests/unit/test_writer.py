@@ -87,7 +87,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 def turn_of(desk: Desk, count: int = 100) -> Turn:
     """Fold until there is nothing more."""
-    turn = Turn(desk, entries=count)
+    turn = Turn(desk, most=count)
     while run(fold([turn], desk, count=count)):
         pass
     return turn
@@ -96,7 +96,7 @@ def turn_of(desk: Desk, count: int = 100) -> Turn:
 def test_an_empty_stream_is_nothing_to_do() -> None:
     """No transaction is opened."""
     desk = Desk()
-    assert (turn_of(desk), desk.transactions, desk.log) == (Turn(desk, entries=100), 0, [])
+    assert (turn_of(desk), desk.transactions, desk.log) == (Turn(desk, most=100), 0, [])
 
 
 def test_many_observations_are_one_transaction_and_then_acknowledged() -> None:
@@ -202,28 +202,28 @@ class Counting(Desk):
 
 
 def test_large_entries_are_read_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is bounded by bytes, whatever an entry holds; small entries are read as many as allowed."""
+    """Fewer of large entries are in memory at once; of small ones as many are read as allowed, more step by step."""
     entries = [entry for n in range(1, 9) for entry in written(n)]
     size = sum(map(len, entries[0].fields.values()))
     large = Counting(entries)
     monkeypatch.setattr(writer, "READ_BYTES", int(2.5 * size))
-    turn = Turn(large, entries=3)
+    turn = Turn(large, most=3)
     while run(fold([turn], large, count=100)):
         pass
     assert large.asked == [3, 2, 2, 2, 2]
     assert large.done("applied") == list(range(1, 9))
-    small = Counting(entries)
+    small = Counting(entries * 4)
     monkeypatch.setattr(writer, "READ_BYTES", 1000 * size)
-    turn = Turn(small, entries=3)
-    while run(fold([turn], small, count=5)):
+    turn = Turn(small, most=3)
+    while run(fold([turn], small, count=15)):
         pass
-    assert small.asked == [3, 5, 5]
+    assert small.asked[:4] == [3, 6, 12, 15]
 
 
 def test_an_observation_larger_than_a_read_is_not_left_in_the_middle() -> None:
     """A turn goes on for it: the next one would begin at its beginning again, and never come to its end."""
     desk = Desk(written(1, 3 * MAX_BATCH))
-    turn = Turn(desk, entries=2)
+    turn = Turn(desk, most=2)
     assert run(fold([turn], desk, count=2)) == 2
     assert turn.large
     assert run(fold([turn], desk, count=2)) == 1

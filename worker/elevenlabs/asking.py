@@ -97,13 +97,32 @@ class Asked:
     """What a question brought: pages only when the verdict is ok, and then their windows tile `window`.
 
     `cost_since` is the earliest day known to be billed in money; None says that this question knows of none.
-    `window` is of usage only: the days asked for, or the latest of them, when more would be too much at once.
+    `window` is of usage only: the days asked for, or the latest of them, when more would be too much at once or
+    were not answered; then `rest` is the verdict on the days before.
     """
 
     verdict: Verdict
     pages: tuple[Page, ...] = ()
     cost_since: date | None = None
     window: Window | None = None
+    rest: Verdict | None = None
+
+    def latest(self, days: int) -> Asked | None:
+        """Give what it tells of the latest days only; None when that is all."""
+        if self.window is None:
+            return None
+        window = next(self.window.backwards(days))
+        if window == self.window:
+            return None
+        pages = tuple(page for page in self.pages if page.window and page.window.start >= window.start)
+        return replace(self, window=window, pages=pages, rest=None)
+
+
+def unanswered(trouble: TryLater | ContractBroken) -> Verdict:
+    """Give the verdict on a request that brought no answer: network trouble, or a body too large."""
+    if isinstance(trouble, TryLater):
+        return Verdict(Finding.TRANSIENT, trouble.reason, trouble.message, retry_after_s=trouble.retry_after_s)
+    return Verdict(Finding.SCHEMA, trouble.reason, trouble.message)
 
 
 Asking: TypeAlias = Generator[Request, Answer, Asked]
@@ -130,7 +149,6 @@ def ask(
 
     Raises:
         ValueError: usage without a window, or a window that lies in the future.
-        TryLater, ContractBroken: as they were thrown in for want of an answer, when nothing is there yet.
 
     """
     if dataset in _LISTS:
@@ -141,12 +159,10 @@ def ask(
     for piece in window.backwards(most_days):
         try:
             found = yield from _piece(_GROUPED_BY[dataset], piece, now, asked.cost_since)
-        except (TryLater, ContractBroken):
-            if asked.pages:
-                break
-            raise
+        except (TryLater, ContractBroken) as trouble:
+            found = Asked(unanswered(trouble))
         if not found.verdict.ok:
-            return asked if asked.pages else found
+            return replace(asked, rest=found.verdict) if asked.pages else found
         asked = replace(found, pages=found.pages + asked.pages, window=Window(piece.start, window.end))
         if sum(len(page.body) for page in asked.pages) >= ENOUGH_BYTES:
             break

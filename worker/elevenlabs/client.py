@@ -13,8 +13,8 @@ import aiohttp
 import structlog
 from pydantic import SecretStr
 
-from worker.elevenlabs.asking import Asked, Asking
-from worker.elevenlabs.protocol import Answer, Finding, Request, Verdict, backoff_s, classify, headers
+from worker.elevenlabs.asking import Asked, Asking, unanswered
+from worker.elevenlabs.protocol import Answer, Finding, Request, backoff_s, classify, headers
 from worker.errors import ContractBroken, TryLater
 
 _CHUNK_BYTES: Final = 65_536
@@ -146,13 +146,12 @@ class Client:
                     request = asking.throw(trouble)  # what it has learned by now may be enough
                 else:
                     request = asking.send(answer)
+                    del answer  # not to be held while the next one comes
         except StopIteration as stop:
             asked: Asked = stop.value
             return asked
-        except TryLater as later:
-            return Asked(Verdict(Finding.TRANSIENT, later.reason, later.message, retry_after_s=later.retry_after_s))
-        except ContractBroken as broken:
-            return Asked(Verdict(Finding.SCHEMA, broken.reason, broken.message))
+        except (TryLater, ContractBroken) as trouble:
+            return Asked(unanswered(trouble))
         finally:
             asking.close()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 from uuid import UUID
 
@@ -77,24 +78,26 @@ async def conclude(
     await _write_access(connection, access, before)
     finished = await finish_runs(connection, {*runs, *(o.run_id for o in outcomes)}, connectors)
     ended = {r["connector_id"] for r in finished.ended}
+    moves: list[_Move] = []
     for connector_id, row in connectors.items():
         mine = [o for o in outcomes if o.connector_id == connector_id and o.number > row["version"]]
-        health = await _judge(connection, row, mine, access[connector_id], connector_id in ended, held)
-        gained = any(
-            access[connector_id][d].state is Access.GRANTED
-            and before[connector_id].get(d, AccessRow(d)).state is not Access.GRANTED
-            for d in USAGE
-            if d in access[connector_id]
-        )
-        await write_health(
-            connection,
-            row,
-            health,
-            access=access[connector_id],
-            access_changed=_differs(before[connector_id], access[connector_id]),
-            usage_gained=gained and row["backfilled_at"] is not None,
-        )
+        rows, old = access[connector_id], before[connector_id]
+        health = await _judge(connection, row, mine, rows, connector_id in ended, held)
+        changed = _differs(old, rows)
+        if health_of(row) != health or (changed and health.status is Status.DEGRADED):
+            moves.append(_Move(row, health, rows, changed))
+        if row["backfilled_at"] is not None and _gained_usage(old, rows):
+            await connection.execute("UPDATE rollcall.connectors SET backfilled_at = NULL WHERE id = %s", [row["id"]])
+    await _write_moves(connection, moves)
     return finished.unsent
+
+
+def _gained_usage(before: Mapping[Dataset, AccessRow], after: Mapping[Dataset, AccessRow]) -> bool:
+    return any(
+        after[d].state is Access.GRANTED and before.get(d, AccessRow(d)).state is not Access.GRANTED
+        for d in USAGE
+        if d in after
+    )
 
 
 async def _judge(
@@ -130,51 +133,86 @@ def health_of(row: Row) -> Health:
     )
 
 
-async def write_health(
-    connection: Connection,
-    row: Row,
-    health: Health,
-    *,
-    access: Mapping[Dataset, AccessRow],
-    access_changed: bool = False,
-    usage_gained: bool = False,
-) -> None:
-    """Write a connector's health where it differs, announce a move, and drop the work of a dead key."""
-    old = health_of(row)
-    if usage_gained:
-        await connection.execute("UPDATE rollcall.connectors SET backfilled_at = NULL WHERE id = %s", [row["id"]])
-    moved = (old.status, old.reason, old.action) != (health.status, health.reason, health.action)
-    if old == health and not (access_changed and health.status is Status.DEGRADED):
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """What a connector becomes, and whether its access does not stay as it was."""
+
+    row: Row
+    health: Health
+    access: Mapping[Dataset, AccessRow]
+    access_changed: bool
+
+    @property
+    def old(self) -> Health:
+        return health_of(self.row)
+
+    @property
+    def dies(self) -> bool:
+        return self.health.status is Status.DISCONNECTED and self.old.status is not Status.DISCONNECTED
+
+    @property
+    def recovers(self) -> bool:
+        return self.old.status is Status.DISCONNECTED and self.health.status is not Status.DISCONNECTED
+
+    @property
+    def shows(self) -> bool:
+        """Tell whether the world hears of it."""
+        before, after = self.old, self.health
+        moved = (before.status, before.reason, before.action) != (after.status, after.reason, after.action)
+        return moved or (self.access_changed and after.status is Status.DEGRADED)
+
+    @property
+    def next_sync_at(self) -> datetime:
+        now: datetime = self.row["now"]
+        if self.dies:
+            return plan.next_probe(0, now=now, interval_s=REPROBE_INTERVAL_S, jitter=random.random())  # noqa: S311 - spread, no secret
+        next_sync: datetime = now if self.recovers else self.row["next_sync_at"]
+        return next_sync
+
+
+async def _write_moves(connection: Connection, moves: Sequence[_Move]) -> None:
+    """Write what connectors become, drop the work of dead keys, and announce what shows."""
+    if not moves:
         return
-    if not may_move(old.status, health.status):
-        raise RuntimeError(f"illegal move of a connector: {old.status} to {health.status}")
-    dead, now = health.status is Status.DISCONNECTED, row["now"]
-    recovered = old.status is Status.DISCONNECTED and not dead
-    next_sync = row["next_sync_at"]
-    if dead and old.status is not Status.DISCONNECTED:
-        next_sync = plan.next_probe(0, now=now, interval_s=REPROBE_INTERVAL_S, jitter=random.random())  # noqa: S311 - spread, no secret
-    elif recovered:
-        next_sync = now
+    for move in moves:
+        if not may_move(move.old.status, move.health.status):
+            raise RuntimeError(f"illegal move of a connector: {move.old.status} to {move.health.status}")
     await connection.execute(
         """
-        UPDATE rollcall.connectors SET
-            status = %s, status_reason = %s, action = %s, strikes = %s, strike_run = %s, suspect_since = %s,
-            status_since = CASE WHEN status = %s THEN status_since ELSE now() END,
-            version = CASE WHEN %s THEN greatest(version + 1, (extract(epoch FROM clock_timestamp()) * 1e6)::bigint)
+        UPDATE rollcall.connectors c SET
+            status = n.status, status_reason = n.reason, action = n.action, strikes = n.strikes,
+            strike_run = n.strike_run, suspect_since = n.suspect_since,
+            status_since = CASE WHEN c.status = n.status THEN status_since ELSE now() END,
+            version = CASE WHEN n.dies OR n.recovers
+                      THEN greatest(version + 1, (extract(epoch FROM clock_timestamp()) * 1e6)::bigint)
                       ELSE version END,
-            next_sync_at = %s, probes = CASE WHEN %s THEN 0 ELSE probes END, updated_at = now()
-        WHERE id = %s
+            next_sync_at = n.next_sync_at, probes = CASE WHEN n.dies OR n.recovers THEN 0 ELSE probes END,
+            updated_at = now()
+        FROM unnest(%b::uuid[], %b::text[], %b::text[], %b::text[], %b::int[], %b::uuid[], %b::timestamptz[],
+                    %b::timestamptz[], %b::bool[], %b::bool[])
+             AS n (id, status, reason, action, strikes, strike_run, suspect_since, next_sync_at, dies, recovers)
+        WHERE c.id = n.id
         """,
         [
-            health.status, health.reason, health.action, health.strikes, health.strike_run, health.suspect_since,
-            health.status, dead or recovered, next_sync, dead != (old.status is Status.DISCONNECTED), row["id"],
+            [m.row["id"] for m in moves],
+            [str(m.health.status) for m in moves],
+            [m.health.reason and str(m.health.reason) for m in moves],
+            [str(m.health.action) for m in moves],
+            [m.health.strikes for m in moves],
+            [m.health.strike_run and UUID(m.health.strike_run) for m in moves],
+            [m.health.suspect_since for m in moves],
+            [m.next_sync_at for m in moves],
+            [m.dies for m in moves],
+            [m.recovers for m in moves],
         ],
-    )  # fmt: skip
-    if dead and old.status is not Status.DISCONNECTED:
-        await drop_parts(connection, row, reason=str(health.reason))
-    if moved or (access_changed and health.status is Status.DEGRADED):
-        metrics.TRANSITIONS.labels(health.status, health.reason or "none").inc()
-        await announce(connection, [connector_announcement(row, health, old.status, access)])
+    )
+    for move in moves:
+        if move.dies:
+            await drop_parts(connection, move.row, reason=str(move.health.reason))
+    shown = [move for move in moves if move.shows]
+    for move in shown:
+        metrics.TRANSITIONS.labels(move.health.status, move.health.reason or "none").inc()
+    await announce(connection, [connector_announcement(m.row, m.health, m.old.status, m.access) for m in shown])
 
 
 def connector_announcement(

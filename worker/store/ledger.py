@@ -73,7 +73,7 @@ class PgLedger:
             claims = {r["id"]: _claim(r) for r in fit}
             if not claims:
                 return []
-            most = max(Counter(c.target.connector_id for c in claims.values()).values())
+            most = max(Counter((c.target.connector_id, c.lane) for c in claims.values()).values())
             lease = timedelta(seconds=self._lease_s + self._request_s * most)
             won = await connection.execute(
                 """
@@ -193,10 +193,13 @@ class PgLedger:
 
         await self._db.statement(work)
 
-    async def narrow(self, claim: Claim, window: Window) -> Claim | None:
+    async def narrow(self, claim: Claim, window: Window, because: Verdict | None) -> Claim | None:
         """Split a part; see `worker.ports.Ledger`."""
+        wait_s = part_after(because, attempts=1, most=2, backoff_s=backoff_s(1, _RNG)).wait_s if because else 0.0
 
         async def work(connection: Connection) -> bool:
+            # Whoever drops the connector's parts does so before or after: the new one is not overlooked.
+            await lock_connectors(connection, [claim.target.connector_id])
             rows = await connection.execute(
                 """
                 WITH part AS (
@@ -205,8 +208,11 @@ class PgLedger:
                     RETURNING run_id, connector_id, kind, dataset
                 ),
                 rest AS (
-                    INSERT INTO rollcall.sync_parts (id, run_id, connector_id, kind, dataset, window_start, window_end)
-                    SELECT gen_random_uuid(), run_id, connector_id, kind, dataset, %(first)s, %(start)s FROM part
+                    INSERT INTO rollcall.sync_parts
+                        (id, run_id, connector_id, kind, dataset, window_start, window_end, not_before)
+                    SELECT gen_random_uuid(), run_id, connector_id, kind, dataset, %(first)s, %(start)s,
+                           now() + %(wait)s
+                    FROM part
                 )
                 UPDATE rollcall.sync_runs r SET parts_total = parts_total + 1 FROM part WHERE r.id = part.run_id
                 RETURNING r.id
@@ -216,6 +222,7 @@ class PgLedger:
                     "first": claim.window and claim.window.start,
                     "id": claim.part_id,
                     "number": claim.number,
+                    "wait": timedelta(seconds=wait_s),
                 },
             )
             return await rows.fetchone() is not None
