@@ -27,10 +27,12 @@ log = structlog.get_logger()
 
 LOCK_CLASS = 0x77726974
 """First key of the writers' advisory locks ("writ"); the second is the partition."""
+HANDS = 2
+"""Each folds what partitions it gets hold of on a connection of its own: Postgres works for one, Python for another."""
 BLOCK_MS = 200
-"""How long an idle writer waits for news; announcements without events wait as long."""
+"""How long an idle hand waits for news; announcements without events wait as long."""
 MAX_PAUSE_S = 5.0
-MAX_REST_S = 0.05
+MAX_REST_S = 0.1
 """Between two small batches; the first of them never waits."""
 
 Advance = Callable[[Sequence[UUID]], Awaitable[None]]
@@ -40,8 +42,7 @@ Advance = Callable[[Sequence[UUID]], Awaitable[None]]
 class Writer:
     """Folds every partition it can get hold of, until `stop` is set.
 
-    `advance` sends what may be sent next of connectors whose parts were just applied. `progress` is the
-    monotonic time of the last finished turn: liveness is measured by it.
+    `advance` sends what may be sent next of connectors whose parts were just applied.
     """
 
     settings: Settings
@@ -49,16 +50,23 @@ class Writer:
     advance: Advance
     partitions: int
     stop: asyncio.Event = field(default_factory=asyncio.Event)
-    progress: float = field(default_factory=time.monotonic)
+    _progress: dict[int, float] = field(default_factory=lambda: dict.fromkeys(range(HANDS), time.monotonic()))
     _ready: set[UUID] = field(default_factory=set)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def progress(self) -> float:
+        """Give the monotonic time since when every hand has finished something: liveness is measured by it."""
+        return min(self._progress.values())
 
     async def run(self) -> None:
         """Work until stopped; Postgres or Redis away means waiting with back-off, nothing is acknowledged."""
         advancing = asyncio.create_task(self._advance(), name="advance")
         advancing.add_done_callback(lambda _: self.stop.set())  # should it fail, the folding does not go on alone
         try:
-            await self._fold()
+            async with asyncio.TaskGroup() as hands:
+                for hand in range(HANDS):
+                    hands.create_task(self._fold(hand), name=f"fold {hand}")
         finally:
             advancing.cancel()
             with suppress(asyncio.CancelledError):
@@ -73,7 +81,7 @@ class Writer:
             if ready:
                 await self.advance(ready)
 
-    async def _fold(self) -> None:
+    async def _fold(self, hand: int) -> None:
         pause_s = 0.1
         while not self.stop.is_set():
             try:
@@ -83,7 +91,7 @@ class Writer:
                         # It only looks up keys; of tables that grow fast, what the planner knows is old. What can
                         # only be scanned then seems dear enough to compile, which it is not.
                         await connection.execute("SET enable_seqscan = off; SET jit = off")
-                        await self._turns(connection)
+                        await self._turns(connection, hand)
                 finally:
                     await connection.close()
                 pause_s = 0.1
@@ -92,20 +100,20 @@ class Writer:
                 await self._rest(random.uniform(0, pause_s))  # noqa: S311 - jitter, no secret
                 pause_s = min(pause_s * 2, MAX_PAUSE_S)
 
-    async def _turns(self, connection: Connection) -> None:
+    async def _turns(self, connection: Connection, hand: int) -> None:
         books = PgBooks(connection)
         order = list(range(self.partitions))
         random.shuffle(order)
         while not self.stop.is_set():
             worked, ends = False, await last_ids(self.redis, self.partitions)
-            share = ceil(self.partitions / max(1, await writers(connection)))
+            share = ceil(self.partitions / (HANDS * max(1, await writers(connection))))
             for at in range(0, self.partitions, share):
-                worked |= await self._turn(connection, books, order[at : at + share])
-            self.progress = time.monotonic()
+                worked |= await self._turn(connection, books, order[at : at + share], hand)
+            self._progress[hand] = time.monotonic()
             if not worked:
                 await wait_beyond(self.redis, ends, block_ms=BLOCK_MS)
 
-    async def _turn(self, connection: Connection, books: PgBooks, wanted: Sequence[int]) -> bool:
+    async def _turn(self, connection: Connection, books: PgBooks, wanted: Sequence[int], hand: int) -> bool:
         """Hold what is free of these partitions while there is work, a second at most; tell whether there was any."""
         partitions = await _lock(connection, wanted)
         if not partitions:
@@ -123,12 +131,12 @@ class Writer:
                 books.more = set()
                 self._news.set()
                 worked |= bool(found) or announced
-                self.progress = time.monotonic()
-                if not found or (self.progress >= until and not any(turn.large for turn in turns)):
+                now = self._progress[hand] = time.monotonic()
+                if not found or (now >= until and not any(turn.large for turn in turns)):
                     return worked
                 if not any(turn.ahead for turn in turns):
                     # No backlog. Small batches cost a transaction each: what comes meanwhile makes the next one larger.
-                    await self._rest(min(self.progress - began, MAX_REST_S))
+                    await self._rest(min(now - began, MAX_REST_S))
         finally:
             await _unlock(connection, partitions)
         return worked
