@@ -51,8 +51,13 @@ class Writer:
     partitions: int
     stop: asyncio.Event = field(default_factory=asyncio.Event)
     _progress: dict[int, float] = field(default_factory=lambda: dict.fromkeys(range(HANDS), time.monotonic()))
+    _order: list[int] = field(init=False)
+    """Writers begin at different partitions, the hands of one at different shares of the same order."""
     _ready: set[UUID] = field(default_factory=set)
     _news: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        self._order = random.sample(range(self.partitions), self.partitions)
 
     @property
     def progress(self) -> float:
@@ -102,13 +107,12 @@ class Writer:
 
     async def _turns(self, connection: Connection, hand: int) -> None:
         books = PgBooks(connection)
-        order = list(range(self.partitions))
-        random.shuffle(order)
         while not self.stop.is_set():
             worked, ends = False, await last_ids(self.redis, self.partitions)
             share = ceil(self.partitions / (HANDS * max(1, await writers(connection))))
-            for at in range(0, self.partitions, share):
-                worked |= await self._turn(connection, books, order[at : at + share], hand)
+            shares = [self._order[at : at + share] for at in range(0, self.partitions, share)]
+            for wanted in (*shares[hand:], *shares[:hand]):
+                worked |= await self._turn(connection, books, wanted, hand)
             self._progress[hand] = time.monotonic()
             if not worked:
                 await wait_beyond(self.redis, ends, block_ms=BLOCK_MS)
