@@ -116,7 +116,7 @@ async def runtime(settings: Settings, application: str) -> AsyncIterator[Runtime
                 ledger=PgLedger(
                     db,
                     lease_s=settings.part_lease_s,
-                    request_s=settings.fetch_timeout_s * REQUESTS_OF_A_PART,
+                    request_s=settings.fetch_timeout_s,
                     attempts=settings.part_attempts,
                     worker=process_name(),
                 ),

@@ -44,7 +44,8 @@ class PgLedger:
     Args:
         db: the process's pool.
         lease_s: how long a claim holds a dataset beyond the time its requests may take.
-        request_s: the longest one part's conversation may take.
+        request_s: how long one part's conversation takes at most, but for rare ones: should a lease end before them,
+            they are asked again, which costs a fetch, while a lease that nobody returns is waited for.
         attempts: most attempts of a part within its run; of a poll three, since the next one comes soon.
         worker: the name under which this process's heart beats.
 
@@ -73,7 +74,7 @@ class PgLedger:
             claims = {r["id"]: _claim(r) for r in fit}
             if not claims:
                 return []
-            most = max(Counter((c.target.connector_id, c.lane) for c in claims.values()).values())
+            most = max(Counter(c.target.connector_id for c in claims.values()).values())
             lease = timedelta(seconds=self._lease_s + self._request_s * most)
             won = await connection.execute(
                 """
