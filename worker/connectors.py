@@ -17,7 +17,8 @@ from pydantic import SecretStr
 
 from schemas.connectors import REGIONS, Action, Dataset, RunKind, Status, StatusReason
 from worker.elevenlabs.asking import Window, ask, probe
-from worker.elevenlabs.protocol import Finding, Verdict, base_url_for, headers
+from worker.elevenlabs.hosts import base_url_for
+from worker.elevenlabs.protocol import Finding, Verdict, headers
 from worker.errors import ContractBroken, OwnerMustAct, Refused, TryLater
 from worker.normalize import directory
 from worker.permissions import Checked, judge

@@ -30,7 +30,7 @@ from worker.elevenlabs.protocol import Finding, Verdict
 from worker.entries import Entry, Report, batches
 from worker.errors import ContractBroken
 from worker.normalize import directory
-from worker.packing import pack
+from worker.packing import pack, unpack
 from worker.plan import settled_before
 from worker.ports import Base, Claim, Failure, Head, Packed, Ports, Quiet, Returned
 from worker.usage import usage_days
@@ -120,7 +120,7 @@ async def _read(claim: Claim, head: Head, asked: Asked, ports: Ports) -> _Listed
 
 async def _changed(listed: _Listed, head: Head, ports: Ports) -> Draft | Quiet | Returned:
     claim, seen, incomplete = listed.claim, listed.seen, listed.incomplete
-    base, trust = await _base(claim, ports, trust=listed.trust)
+    base, trust = await _base(claim, head, ports, trust=listed.trust)
     found = await _compare(claim, base, seen, incomplete, ports)
     if found is None:
         return Returned(claim, "base_moved", REFUSED_WAIT_S)
@@ -132,8 +132,10 @@ async def _changed(listed: _Listed, head: Head, ports: Ports) -> Draft | Quiet |
     return _draft(claim, head, base.version, found, digest, len(seen), incomplete)
 
 
-async def _base(claim: Claim, ports: Ports, *, trust: bool) -> tuple[Base, bool]:
+async def _base(claim: Claim, head: Head, ports: Ports, *, trust: bool) -> tuple[Base, bool]:
     """Read what to compare with, and tell whether it is the snapshot."""
+    if trust and head.packed:
+        return unpack(head.packed), True
     if trust and (base := await ports.snapshots.load(claim.target, claim.dataset, claim.version)):
         return base, True
     if not claim.version:

@@ -59,11 +59,23 @@ Fingerprints = Mapping[str, tuple[str, int]]
 
 
 @dataclass(frozen=True, slots=True)
+class Packed:
+    """A base as it is kept in a snapshot: a fraction of the size of its records."""
+
+    version: int
+    blob: bytes
+
+
+@dataclass(frozen=True, slots=True)
 class Head:
-    """A snapshot's head: the version and the digest of the last answer (empty: none); None: no snapshot."""
+    """A snapshot's head: the version and the digest of the last answer (empty: none); None: no snapshot.
+
+    Usage changes at nearly every poll, so its snapshot, which is small, comes along.
+    """
 
     version: int | None = None
     digest: str = ""
+    packed: Packed | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,14 +85,6 @@ class Base:
     version: int
     records: Mapping[str, Record] = field(default_factory=dict)
     days: Fingerprints = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A base as it is kept in a snapshot: a fraction of the size of its records."""
-
-    version: int
-    blob: bytes
 
 
 class Publication(Enum):

@@ -69,12 +69,11 @@ class RedisSnapshots:
         with answering():
             async with self._redis.pipeline(transaction=False) as pipe:
                 for claim in claims:
-                    pipe.hmget(_key(claim.target, claim.dataset), "v", "d")
+                    pipe.hmget(
+                        _key(claim.target, claim.dataset), "v", "d", *(("b",) if claim.dataset.dimension else ())
+                    )
                 found = await pipe.execute()
-        return {
-            claim.part_id: Head(int(v), (d or b"").decode()) if v else Head()
-            for claim, (v, d) in zip(claims, found, strict=True)
-        }
+        return {claim.part_id: _head(*fields) for claim, fields in zip(claims, found, strict=True)}
 
     async def load(self, target: Target, dataset: Dataset, version: int) -> Base | None:
         """Read a snapshot's records; see `worker.ports.Snapshots`."""
@@ -128,6 +127,12 @@ class RedisSnapshots:
         with answering():
             async for key in self._redis.scan_iter(match="rollcall:snapshot:*", count=1000):
                 await self._redis.unlink(key)
+
+
+def _head(version: bytes | None, digest: bytes | None, blob: bytes | None = None) -> Head:
+    if version is None:
+        return Head()
+    return Head(int(version), (digest or b"").decode(), Packed(int(version), blob) if blob else None)
 
 
 def _key(target: Target, dataset: Dataset) -> str:

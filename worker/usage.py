@@ -6,19 +6,17 @@ and what cannot be told apart breaks the contract: a wrong figure is worse than 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import date, timedelta
 from decimal import Context, Decimal, InvalidOperation, localcontext
 from functools import lru_cache, reduce
 from hashlib import blake2b
-from operator import itemgetter
 from typing import Any, Final
 
 import orjson
 
 from schemas.connectors import Dataset
-from schemas.provider import clean
 from schemas.records import Listing, Record
 from worker.elevenlabs.asking import Billing, Page, Window
 from worker.elevenlabs.tabular import Table, utc_day
@@ -51,6 +49,9 @@ _NOT_NUMERIC: Final = frozenset({"DateTime", "Bool", "JSON", "Map", "Array"})
 """Not String: numbers have come as strings (provider docs 2026)."""
 
 _NULL: Final = type(None)
+_TIMES: Final[frozenset[type]] = frozenset({str, int, float})
+_TEXTS: Final[frozenset[type]] = frozenset({str, _NULL})
+_NUMBERS: Final[frozenset[type]] = frozenset({str, int, float, _NULL})
 _DIGITS: Final = 64
 """Orders of magnitude an amount may lie from 1; what is beyond is no amount."""
 _ZERO: Final = Decimal(0)
@@ -76,6 +77,9 @@ class _Day:
 
     sums: dict[_Slot, Decimal] = field(default_factory=dict)
     labels: dict[str, str] = field(default_factory=dict)
+
+
+_EMPTY: Final = _Day()
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,22 +112,29 @@ def usage_days(dataset: Dataset, pages: Sequence[Page], *, window: Window, settl
             or double.
 
     """
-    asked = list(_days_of(window))
-    if sorted(day for page in pages for day in _days_of(page.window)) != asked:
+    if not _tile(pages, window):
         raise ValueError(f"the pages do not cover {window.start} to {window.end} day by day")
-    days = {day: _Day() for day in asked}
+    days: dict[date, _Day] = {}
+    dimension = dataset.dimension
     with localcontext(_EXACT):
         for page in pages:
-            table = Table.parse(clean(page.body))
+            table = Table.parse(page.body)
             if table.rows:
                 columns = _resolve(table, dataset, page.billing)
-                _check_cells(table, columns)
-                _gather(table, columns, {day: days[day] for day in _days_of(page.window)})
-    dimension = dataset.dimension
-    return {
-        f"usage/{dimension}/{day}": usage_day(dimension, day.isoformat(), _rows(found), settled=day < settled_before)
-        for day, found in days.items()
-    }
+                _gather(table, columns, _cells(table, columns), page.window, days)
+        return {
+            f"usage/{dimension}/{name}": _summed(dimension, name, days.get(day, _EMPTY), settled=day < settled_before)
+            for day, name in _days_of(window)
+        }
+
+
+def _tile(pages: Sequence[Page], window: Window) -> bool:
+    day = window.start
+    for piece in sorted((page.window for page in pages if page.window), key=lambda piece: piece.start):
+        if piece.start != day:
+            return False
+        day = piece.end
+    return day == window.end and all(page.window for page in pages)
 
 
 def usage_day(dimension: str, day: str, rows: list[Record], *, settled: bool) -> Record:
@@ -131,13 +142,29 @@ def usage_day(dimension: str, day: str, rows: list[Record], *, settled: bool) ->
     amounts: dict[str, list[str]] = {}
     for row in rows:
         amounts.setdefault(row["unit"], []).append(row["amount"])
+    totals = {unit: _plain(reduce(_EXACT.add, map(Decimal, amounts[unit]))) for unit in sorted(amounts)}
+    return _record(dimension, day, rows, totals, settled=settled)
+
+
+def _summed(dimension: str, day: str, found: _Day, *, settled: bool) -> Record:
+    """Make the record of a day from what was gathered; sums follow the context."""
+    rows: list[Record] = []
+    totals: dict[str, Decimal] = {}
+    for (key, unit), amount in sorted(found.sums.items()):
+        if amount:
+            rows.append({"key": key, "label": found.labels.get(key), "unit": unit, "amount": _plain(amount)})
+            totals[unit] = totals[unit] + amount if unit in totals else amount
+    return _record(dimension, day, rows, {unit: _plain(totals[unit]) for unit in sorted(totals)}, settled=settled)
+
+
+def _record(dimension: str, day: str, rows: list[Record], totals: dict[str, str], *, settled: bool) -> Record:
     return {
         "dimension": dimension,
         "bucket_start": day,
         "interval_s": DAY_S,
         "settled": settled,
         "rows": rows,
-        "totals": {unit: _plain(reduce(_EXACT.add, map(Decimal, amounts[unit]))) for unit in sorted(amounts)},
+        "totals": totals,
     }
 
 
@@ -217,51 +244,48 @@ def _money(numeric: Mapping[str, str | None]) -> dict[str, str]:
     return found
 
 
-def _check_cells(table: Table, columns: _Columns) -> None:
-    _check_column(table, columns.day, {str, int, float})
-    _check_column(table, columns.key, {str, _NULL})
+_Cells = Sequence[Sequence[Any]]
+"""A table by columns."""
+
+
+def _cells(table: Table, columns: _Columns) -> _Cells:
+    """Turn a table's rows into columns, and check those that are read."""
+    cells = list(zip(*table.rows, strict=True))
+    kinds: dict[int, frozenset[type]] = {columns.day: _TIMES, columns.key: _TEXTS}
     if columns.label is not None:
-        _check_column(table, columns.label, {str, _NULL})
-    for at, _ in columns.amounts:
-        _check_column(table, at, {str, int, float, _NULL})
+        kinds[columns.label] = _TEXTS
+    for at, known in (*kinds.items(), *((at, _NUMBERS) for at, _ in columns.amounts)):
+        if strange := set(map(type, cells[at])) - known:
+            names = ", ".join(sorted(kind.__name__ for kind in strange))
+            raise _broken(f"column {table.columns[at]} holds {names}")
+    return cells
 
 
-def _check_column(table: Table, at: int, kinds: set[type]) -> None:
-    strange = set(map(type, map(itemgetter(at), table.rows))) - kinds
-    if strange:
-        names = ", ".join(sorted(kind.__name__ for kind in strange))
-        raise _broken(f"column {table.columns[at]} holds {names}")
-
-
-def _gather(table: Table, columns: _Columns, days: Mapping[date, _Day]) -> None:
+def _gather(table: Table, columns: _Columns, cells: _Cells, window: Window | None, days: dict[date, _Day]) -> None:
     """Add a table's rows to the days they belong to; what many rows repeat is worked out once."""
-    day_at, day_unit = columns.day, table.units[columns.day]
-    key_at, label_at = columns.key, columns.label
-    is_product = table.columns[key_at] == _PRODUCT
-    found_days: dict[Any, _Day | None] = {}
-    found_keys: dict[str | None, tuple[str, str | None, list[tuple[int, _Slot]]]] = {}
-    for row in table.rows:
-        cell = row[day_at]
-        if cell not in found_days:
-            found_days[cell] = days.get(_utc_day(cell, day_unit))
-        day = found_days[cell]
-        if day is None:
-            continue
-        group = row[key_at]
-        if group not in found_keys:
-            key, label = _product(group) if is_product else (group or "", None)
-            found_keys[group] = key, label, [(at, (key, unit)) for at, unit in columns.amounts]
-        key, label, slots = found_keys[group]
-        if label_at is not None:
-            label = row[label_at]
-        if label and (key not in day.labels or label < day.labels[key]):
-            day.labels[key] = label
-        sums = day.sums
-        for at, slot in slots:
-            cell = row[at]
-            if cell is not None:
-                amount = _amount(cell)
-                sums[slot] = sums[slot] + amount if slot in sums else amount
+    day_unit, inside = table.units[columns.day], {day for day, _ in _days_of(window)}
+    of_day: dict[Any, _Day | None] = {}
+    for cell in set(cells[columns.day]):
+        day = _utc_day(cell, day_unit)
+        of_day[cell] = days.setdefault(day, _Day()) if day in inside else None
+    is_product = table.columns[columns.key] == _PRODUCT
+    of_group = {group: _product(group) if is_product else (group or "", None) for group in set(cells[columns.key])}
+    labels: Sequence[str | None] = cells[columns.label] if columns.label is not None else ()
+    for at, unit in columns.amounts:
+        of_slot = {group: (key, unit) for group, (key, _) in of_group.items()}
+        for cell, group, amount in zip(cells[columns.day], cells[columns.key], cells[at], strict=True):
+            day_found = of_day[cell]
+            if day_found is not None and amount is not None:
+                slot, sums = of_slot[group], day_found.sums
+                number = _amount(amount)
+                sums[slot] = sums[slot] + number if slot in sums else number
+    spoken = labels or [of_group[group][1] for group in cells[columns.key]]
+    for cell, group, label in zip(cells[columns.day], cells[columns.key], spoken, strict=True):
+        day_found = of_day[cell]
+        if label and day_found is not None:
+            key, known = of_group[group][0], day_found.labels
+            if key not in known or label < known[key]:
+                known[key] = label
 
 
 _utc_day = lru_cache(maxsize=4096)(utc_day)
@@ -284,14 +308,6 @@ def _amount(cell: str | float) -> Decimal:
     return amount
 
 
-def _rows(day: _Day) -> list[Record]:
-    return [
-        {"key": key, "label": day.labels.get(key), "unit": unit, "amount": _plain(amount)}
-        for (key, unit), amount in sorted(day.sums.items())
-        if amount
-    ]
-
-
 def _plain(amount: Decimal) -> str:
     text = str(amount)
     if "E" in text:
@@ -299,9 +315,13 @@ def _plain(amount: Decimal) -> str:
     return text.rstrip("0").rstrip(".") if "." in text else text
 
 
-def _days_of(window: Window | None) -> Iterator[date]:
-    if window is not None:
-        yield from (window.start + timedelta(days=n) for n in range((window.end - window.start).days))
+@lru_cache(maxsize=256)
+def _days_of(window: Window | None) -> tuple[tuple[date, str], ...]:
+    """Give the days of a window, and how each is written; tenants ask for the same windows."""
+    if window is None:
+        return ()
+    days = (window.start + timedelta(days=n) for n in range((window.end - window.start).days))
+    return tuple((day, day.isoformat()) for day in days)
 
 
 def _broken(problem: str) -> ContractBroken:

@@ -24,7 +24,8 @@ from schemas.provider_errors import (
     parse_error,
 )
 from worker.elevenlabs import protocol
-from worker.elevenlabs.protocol import OK_VERDICT, Answer, Finding, Verdict, base_url_for, classify
+from worker.elevenlabs.hosts import base_url_for
+from worker.elevenlabs.protocol import OK_VERDICT, Answer, Finding, Verdict, classify
 from worker.errors import Refused
 
 NOW = datetime(2026, 4, 10, 12, tzinfo=UTC)
@@ -63,6 +64,19 @@ def test_only_one_word_at_one_status_kills_a_key() -> None:
 def test_complete_json_at_2xx_is_ok(body: bytes) -> None:
     """Any complete JSON at a 2xx is accepted here: its shape is judged where it is normalized."""
     assert classify(Answer(200, {}, body)) is OK_VERDICT
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"[", b'[{"a":1}', b'{"a":"b', b"[]x", b"<html>", b'"\\ud800', b"\xff"], ids=repr
+)
+def test_incomplete_json_at_2xx_is_asked_for_again(body: bytes) -> None:
+    """A body that was cut off, or is no JSON at all, says nothing: a later answer may."""
+    assert classify(Answer(200, {}, body)).finding is Finding.TRANSIENT
+
+
+def test_half_a_character_does_not_make_an_answer_incomplete() -> None:
+    """Names may hold half surrogate pairs, which strict readers refuse: normalizing replaces them."""
+    assert classify(Answer(200, {}, b'[{"first_name":"A \\ud800"}]')) is OK_VERDICT
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ class Client:
         """Send a read-only request, again when it may help, and return the last answer whatever it says.
 
         Args:
-            base_url: as `protocol.base_url_for` returned it.
+            base_url: as `hosts.base_url_for` returned it.
             api_key: the key of that base URL.
             request: GET, or a POST that only queries.
             deadline_s: seconds for everything, waits included.
@@ -126,7 +126,7 @@ class Client:
         """Put a question to the provider; network trouble and oversized bodies become its verdict.
 
         Args:
-            base_url: as `protocol.base_url_for` returned it.
+            base_url: as `hosts.base_url_for` returned it.
             api_key: the key of that base URL.
             asking: a question of `asking`; it is closed in any case.
             deadline_s: seconds for all its requests together.

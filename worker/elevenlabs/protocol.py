@@ -17,19 +17,16 @@ from enum import StrEnum
 from functools import cached_property
 from http import HTTPStatus
 from importlib.metadata import PackageNotFoundError, version
-from ipaddress import IPv4Network, ip_address
 from typing import Final
-from urllib.parse import SplitResult, urlsplit
 
+import msgspec
 import orjson
 from pydantic import SecretStr
 
-from schemas.connectors import REGIONS
+from schemas.provider import clean
 from schemas.provider_errors import Problem, parse_error
 from worker.errors import Refused
 from worker.redaction import redact
-
-_PROVIDER_HOSTS: Final = frozenset(url.removeprefix("https://") for url in REGIONS.values())
 
 RETRY_AFTER_CAP_S: Final = 60.0
 """The longest wait a header may ask for (the official SDK caps there too)."""
@@ -53,9 +50,6 @@ class Request:
     body: bytes | None = None
 
 
-NO_JSON: Final = object()
-
-
 @dataclass(frozen=True)
 class Answer:
     """One answer of the provider: header names in lower case, `body` decompressed."""
@@ -65,12 +59,20 @@ class Answer:
     body: bytes
 
     @cached_property
-    def document(self) -> object:
-        """The body as JSON, read once however often the answer is judged; `NO_JSON` when it is none."""
-        try:
-            return orjson.loads(self.body)
-        except orjson.JSONDecodeError:
-            return NO_JSON
+    def is_json(self) -> bool:
+        """Whether the body is complete JSON; it is only skimmed, and once however often the answer is judged."""
+        return _skims(self.body) or _skims(clean(self.body))
+
+
+_SKIMMER: Final = msgspec.json.Decoder(msgspec.Raw)
+
+
+def _skims(body: bytes) -> bool:
+    try:
+        _SKIMMER.decode(body)
+    except msgspec.MsgspecError:
+        return False
+    return True
 
 
 class Finding(StrEnum):
@@ -187,13 +189,12 @@ def classify(answer: Answer, now: datetime | None = None) -> Verdict:
         now: aware time, needed only to read a retry wait given as a date.
 
     """
-    document = answer.document
     if answer.status // 100 == 2:  # noqa: PLR2004 - the class of success
-        return OK_VERDICT if document is not NO_JSON else _UNPARSEABLE
-    envelope = parse_error(document)
+        return OK_VERDICT if answer.is_json else _UNPARSEABLE
+    envelope = parse_error(_document(answer.body))
     problem = envelope.problem if envelope else Problem()
     said = redact((problem.message or "")[:_READ_CHARS])
-    finding, reason = _meaning(answer.status, problem, said, is_json=document is not NO_JSON)
+    finding, reason = _meaning(answer.status, problem, said, is_json=answer.is_json)
     return Verdict(
         finding,
         reason,
@@ -202,6 +203,13 @@ def classify(answer: Answer, now: datetime | None = None) -> Verdict:
         retry_after_s=retry_after_s(answer.headers, now),
         request_id=_request_id(problem.request_id) or _request_id(answer.headers.get("x-trace-id")),
     )
+
+
+def _document(body: bytes) -> object:
+    try:
+        return orjson.loads(body)
+    except orjson.JSONDecodeError:
+        return None
 
 
 def _meaning(http: int, problem: Problem, said: str, *, is_json: bool) -> _Meaning:
@@ -281,65 +289,6 @@ def headers(api_key: SecretStr) -> dict[str, str]:
     if not re.fullmatch(r"[!-~]+", key):
         raise Refused("key_malformed", "The API key is empty or holds spaces or other signs; copy it again")
     return {"xi-api-key": key, "accept": "application/json", "user-agent": _USER_AGENT}
-
-
-def base_url_for(region: str | None, base_url: str | None, extra_hosts: frozenset[str]) -> str:
-    """Return the canonical base URL (no trailing slash) that a key may be sent to.
-
-    Args:
-        region: a name in `REGIONS`; None means global, or whatever `base_url` is.
-        base_url: a provider's URL, or one on an extra host.
-        extra_hosts: further hosts, each `host` (any port) or `host:port`; loopback must be listed too. A host
-            of the provider listed here stays pinned to its own port.
-
-    Raises:
-        Refused: anything else; the message says what is allowed.
-
-    """
-    if region is not None and region not in REGIONS:
-        raise Refused("region_unknown", f"Unknown region. Use one of: {', '.join(REGIONS)}")
-    if not base_url:
-        return REGIONS[region or "global"]
-    parts = _split(base_url)
-    host, port = parts.hostname or "", parts.port
-    shown = f"[{host}]" if ":" in host else host
-    standard = {"https": 443, "http": 80}[parts.scheme]
-    url = f"{parts.scheme}://{shown}" + ("" if port in (None, standard) else f":{port}")
-    if region is not None and url in REGIONS.values() and url != REGIONS[region]:
-        raise Refused("region_mismatch", f"The base URL of region {region} is {REGIONS[region]}")
-    if parts.scheme == "http" and not _is_loopback(host):
-        raise Refused("https_required", "The base URL must start with https://; http is for loopback only")
-    listed = {entry.strip().lower() for entry in extra_hosts} - _PROVIDER_HOSTS
-    if url not in REGIONS.values() and not listed & {host, shown, f"{shown}:{port or standard}"}:
-        allowed = ", ".join(REGIONS.values())
-        raise Refused(
-            "host_not_allowed",
-            f"Host {redact(shown)[:80]} is not allowed. Use {allowed}, or list it in ROLLCALL_API_HOSTS",
-        )
-    return url
-
-
-def _split(base_url: str) -> SplitResult:
-    rule = "The base URL must be https://host or https://host:port, with nothing before or after"
-    if not re.fullmatch(r"[!-~]+", base_url.strip()):
-        raise Refused("base_url_invalid", rule)
-    try:
-        parts = urlsplit(base_url.strip())
-        usable = parts.scheme in ("https", "http") and parts.hostname and parts.port != 0
-    except ValueError:
-        raise Refused("base_url_invalid", rule) from None
-    if not usable or "@" in parts.netloc or parts.path not in ("", "/") or parts.query or parts.fragment:
-        raise Refused("base_url_invalid", rule)
-    return parts
-
-
-def _is_loopback(host: str) -> bool:
-    if host in ("localhost", "::1"):
-        return True
-    try:
-        return ip_address(host) in IPv4Network("127.0.0.0/8")
-    except ValueError:
-        return False
 
 
 def _tidy(said: str) -> str:

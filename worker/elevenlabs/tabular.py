@@ -10,6 +10,7 @@ from typing import Any, Final, Self
 
 import orjson
 
+from schemas.provider import clean
 from worker.errors import ContractBroken
 
 _NO_UNIT: Final = frozenset({"", "null"})
@@ -41,7 +42,7 @@ class Table:
 
         """
         try:
-            document = orjson.loads(body)
+            document = orjson.loads(clean(body))
         except orjson.JSONDecodeError:
             raise ContractBroken("unparseable", "The table is no complete JSON") from None
         if not isinstance(document, dict):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import struct
 from collections import defaultdict
-from collections.abc import Sequence
-from datetime import date
+from collections.abc import Iterable, Sequence
+from datetime import date, timedelta
 from typing import Any
 from uuid import UUID
 
@@ -22,6 +22,8 @@ from worker.store.db import Connection, Database
 from worker.store.staging import Stage
 from worker.store.tables import JSON_TYPES, OF_DATASET, TABLES, Table, record_of
 from worker.usage import usage_day
+
+_DAY = timedelta(days=1)
 
 
 class PgFacts:
@@ -217,20 +219,37 @@ async def _write_usage(
         for row in data["rows"]
     ]
     await _ROWS.run(connection, rows)
-    await _DAYS.run(
-        connection,
+    spans = _spans(
+        (o, dimension, day, "complete" if data["settled"] else "provisional") for o, dimension, day, data in days
+    )
+    await connection.execute(
+        _DAYS,
         [
-            (
-                o.connector_id,
-                tenants[o.connector_id],
-                dimension,
-                day,
-                "complete" if data["settled"] else "provisional",
-                o.sequence,
-            )
-            for o, dimension, day, data in days
+            [tenants[o.connector_id] for o, *_ in spans],
+            [o.connector_id for o, *_ in spans],
+            [o.sequence for o, *_ in spans],
+            [dimension for _, dimension, *_ in spans],
+            [state for *_, state, _, _ in spans],
+            [first for *_, first, _ in spans],
+            [last for *_, last in spans],
         ],
     )
+
+
+_Span = tuple[Observation, str, str, date, date]
+
+
+def _spans(days: Iterable[tuple[Observation, str, date, str]]) -> list[_Span]:
+    """Put days in a row together: observation, dimension, state, first and last day."""
+    spans: list[_Span] = []
+    for o, dimension, day, state in days:
+        if spans:
+            before, *known, first, last = spans[-1]
+            if before is o and known == [dimension, state] and day - last == _DAY:
+                spans[-1] = (o, dimension, state, first, day)
+                continue
+        spans.append((o, dimension, state, day, day))
+    return spans
 
 
 _ROWS = Stage(
@@ -258,21 +277,19 @@ _ROWS = Stage(
 )
 """Every row of whole days."""
 
-_DAYS = Stage(
-    "staged_days",
-    (("c", "uuid"), ("t", "text"), ("d", "text"), ("b", "date"), ("s", "text"), ("v", "bigint")),
-    sql.SQL(
-        """
-        WITH n AS (SELECT * FROM {source}),
-        gone AS (
-            DELETE FROM rollcall.credit_usage r USING n
-            WHERE r.connector_id = n.c AND r.dimension = n.d AND r.bucket_start = n.b AND r.version < n.v
-        )
+_DAYS = b"""
+    WITH day AS (
         INSERT INTO rollcall.usage_coverage (tenant_id, connector_id, dimension, day, state, observed_at, version)
-        SELECT t, c, d, b, s, now(), v FROM n
+        SELECT t, c, d, first + i, s, now(), v
+        FROM unnest(%b::text[], %b::uuid[], %b::bigint[], %b::text[], %b::text[], %b::date[], %b::date[])
+             AS n (t, c, v, d, s, first, last), generate_series(0, last - first) AS i
         ON CONFLICT (connector_id, dimension, day) DO UPDATE SET
             state = excluded.state, observed_at = excluded.observed_at, version = excluded.version
-        """
-    ),
-)
-"""Away with what these days have no more, and their coverage."""
+        RETURNING connector_id, dimension, day, version, xmax <> 0 AS known
+    )
+    DELETE FROM rollcall.credit_usage r USING day
+    WHERE day.known AND r.connector_id = day.connector_id AND r.dimension = day.dimension
+          AND r.bucket_start = day.day AND r.version < day.version
+"""
+"""The coverage of spans of days, and away with what days that were covered before have no more: a row that was
+inserted has no xmax, one that was updated has."""

@@ -114,8 +114,7 @@ async def _after(connection: Connection, ended: Sequence[Row], connectors: Mappi
         return
     for run in ended:
         metrics.RUNS_FINISHED.labels(run["kind"], run["status"]).inc()
-        if run["changes"] and run["first_day"]:
-            await _check_totals(connection, run)
+    await _check_totals(connection, [run for run in ended if run["changes"] and run["first_day"]])
     await connection.execute(
         """
         UPDATE rollcall.connectors c SET
@@ -170,44 +169,54 @@ def run_announcement(run: Row, connector: Row) -> Announcement:
     )
 
 
-async def _check_totals(connection: Connection, run: Row) -> None:
+async def _check_totals(connection: Connection, runs: Sequence[Row]) -> None:
     """Record where the dimensions of a day do not add up to the same total; most do exactly, and stay in Postgres."""
+    if not runs:
+        return
     rows = await connection.execute(
         """
-        SELECT dimension, day, unit, amount
-        FROM (
-            SELECT u.dimension, u.bucket_start::text AS day, u.unit, sum(u.amount) AS amount,
-                   count(*) OVER same AS dimensions, min(sum(u.amount)) OVER same AS least,
-                   max(sum(u.amount)) OVER same AS most
-            FROM rollcall.credit_usage u
-            WHERE u.connector_id = %(c)s AND u.bucket_start IN (
-                SELECT day FROM rollcall.usage_coverage
-                WHERE connector_id = %(c)s AND day >= %(first)s AND day < %(last)s AND state <> 'unavailable'
-                GROUP BY day HAVING count(*) = 3)
-            GROUP BY u.dimension, u.bucket_start, u.unit
-            WINDOW same AS (PARTITION BY u.bucket_start, u.unit)
+        SELECT n.id, dimension, day::text, unit, amount
+        FROM unnest(%b::uuid[], %b::uuid[], %b::date[], %b::date[]) AS n (id, c, first, last), LATERAL (
+            SELECT dimension, bucket_start AS day, unit, sum(amount) AS amount,
+                   count(*) OVER same AS dimensions, min(sum(amount)) OVER same AS least,
+                   max(sum(amount)) OVER same AS most
+            FROM rollcall.credit_usage
+            WHERE connector_id = n.c AND dimension IN ('product', 'member', 'api_key')
+                  AND bucket_start >= n.first AND bucket_start < n.last
+            GROUP BY dimension, bucket_start, unit
+            WINDOW same AS (PARTITION BY bucket_start, unit)
         ) t
-        WHERE dimensions < 3 OR least <> most
+        WHERE (dimensions < 3 OR least <> most) AND 3 = (
+            SELECT count(*) FROM rollcall.usage_coverage v
+            WHERE v.connector_id = n.c AND v.day = t.day AND v.dimension IN ('product', 'member', 'api_key')
+                  AND v.state <> 'unavailable')
         """,
-        {"c": run["connector_id"], "first": run["first_day"], "last": run["last_day"]},
+        [
+            [run["id"] for run in runs],
+            [run["connector_id"] for run in runs],
+            [run["first_day"] for run in runs],
+            [run["last_day"] for run in runs],
+        ],
     )
-    totals: dict[str, dict[tuple[str, str], Decimal]] = {"product": {}, "member": {}, "api_key": {}}
+    totals: dict[UUID, dict[str, dict[tuple[str, str], Decimal]]] = {}
     async for row in rows:
-        totals[row["dimension"]][row["day"], row["unit"]] = row["amount"]
-    if found := reconcile_totals(totals):
-        warnings = [
-            {
-                "kind": "totals_differ",
-                "day": m.day,
-                "unit": m.unit,
-                "totals": {d: str(v) for d, v in m.totals.items()},
-            }
-            for m in found
-        ]
-        await connection.execute(
-            "UPDATE rollcall.sync_runs SET warnings = %t::jsonb WHERE id = %s",
-            [orjson.dumps(warnings).decode(), run["id"]],
-        )
+        of_run = totals.setdefault(row["id"], {"product": {}, "member": {}, "api_key": {}})
+        of_run[row["dimension"]][row["day"], row["unit"]] = row["amount"]
+    for run_id, by_dimension in totals.items():
+        if found := reconcile_totals(by_dimension):
+            warnings = [
+                {
+                    "kind": "totals_differ",
+                    "day": m.day,
+                    "unit": m.unit,
+                    "totals": {d: str(v) for d, v in m.totals.items()},
+                }
+                for m in found
+            ]
+            await connection.execute(
+                "UPDATE rollcall.sync_runs SET warnings = %t::jsonb WHERE id = %s",
+                [orjson.dumps(warnings).decode(), run_id],
+            )
 
 
 async def drop_parts(connection: Connection, connector: Row, *, reason: str, status: str = "failed") -> None:
