@@ -9,7 +9,6 @@ from datetime import date, timedelta
 from typing import Any
 from uuid import UUID
 
-import orjson
 from psycopg import sql
 
 from schemas.connectors import Dataset
@@ -20,7 +19,7 @@ from worker.errors import ContractBroken
 from worker.ports import Base
 from worker.store.db import Connection, Database
 from worker.store.staging import Stage
-from worker.store.tables import JSON_TYPES, OF_DATASET, TABLES, Table, record_of
+from worker.store.tables import OF_DATASET, TABLES, Table, record_of
 from worker.usage import usage_day
 
 _DAY = timedelta(days=1)
@@ -162,27 +161,13 @@ async def _write_records(
 ) -> None:
     gone = [(o, key) for o, key, data in changes if data["after"] is None]
     kept = [(o, key, data["after"]) for o, key, data in changes if data["after"] is not None]
-    json = [(c.name, c.type in JSON_TYPES) for c in table.columns]
-    rows = [
-        (
-            tenants[o.connector_id],
-            o.connector_id,
-            o.sequence,
-            key,
-            *[_to_json(record[name]) if as_json else record[name] for name, as_json in json],
-        )
-        for o, key, record in kept
-    ]
+    rows = [(tenants[o.connector_id], o.connector_id, o.sequence, key, *table.cells(record)) for o, key, record in kept]
     await table.upsert.run(connection, rows)
     if gone:
         await connection.execute(
             table.remove,
             [[o.connector_id for o, _ in gone], [o.sequence for o, _ in gone], [k for _, k in gone]],
         )
-
-
-def _to_json(value: Any) -> str | None:
-    return None if value is None else orjson.dumps(value).decode()
 
 
 async def _write_workspaces(connection: Connection, changes: Sequence[tuple[Observation, str, dict[str, Any]]]) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
+from operator import itemgetter
 from typing import Any, Final, LiteralString
 
+import orjson
 from psycopg import sql
 
 from schemas.connectors import Dataset
@@ -30,6 +33,17 @@ class Table:
     kind: str
     key: LiteralString
     columns: tuple[Column, ...]
+
+    @cached_property
+    def cells(self) -> Callable[[Record], tuple[Any, ...]]:
+        """Give what writes a record as the cells of its columns, in order. It raises KeyError for a missing one."""
+        plain = itemgetter(*(c.name for c in self.columns))
+        json = [c.type in JSON_TYPES for c in self.columns]
+        if not any(json):
+            return plain
+        return lambda record: tuple(
+            _to_json(value) if as_json else value for value, as_json in zip(plain(record), json, strict=True)
+        )
 
     @cached_property
     def upsert(self) -> Stage:
@@ -167,6 +181,10 @@ OF_DATASET: Final[dict[Dataset, tuple[str, ...]]] = {
     Dataset.GROUPS: ("group",),
     Dataset.SERVICE_ACCOUNTS: ("service_account", "api_key"),
 }
+
+
+def _to_json(value: Any) -> str | None:
+    return None if value is None else orjson.dumps(value).decode()
 
 
 def record_of(table: Table, row: dict[str, Any]) -> Record:
