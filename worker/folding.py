@@ -93,9 +93,6 @@ class Writer:
                 connection = await connect(self.settings.require_database(), "writer")
                 try:
                     with answering():
-                        # It only looks up keys; of tables that grow fast, what the planner knows is old. What can
-                        # only be scanned then seems dear enough to compile, which it is not.
-                        await connection.execute("SET enable_seqscan = off; SET jit = off")
                         await self._turns(connection, hand)
                 finally:
                     await connection.close()

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from tests.bench import observing, scaling, steady, sync, visible, writing
+from tests.bench import observing, publishing, scaling, steady, sync, visible, writing
 from tests.bench.case import Case
 from tests.bench.report import show
 from tests.bench.runner import Plan, run
@@ -25,6 +25,7 @@ CASES: Sequence[Case] = (
     steady.CASE,
     writing.CASE,
     observing.CASE,
+    publishing.CASE,
     visible.CASE,
     scaling.TENANTS,
     scaling.MEMBERS,
