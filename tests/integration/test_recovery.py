@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -21,10 +21,12 @@ from worker.dev.stack import EmbeddedStack
 from worker.errors import TryLater
 from worker.folding import LOCK_CLASS
 from worker.observe import observe
+from worker.ports import Claim
 from worker.store.books import PgBooks
 from worker.store.db import connect
+from worker.store.ledger import PgLedger
 from worker.store.workers import leave
-from worker.stream import DEAD_LETTERS, GROUP, RedisJournal
+from worker.stream import DEAD_LETTERS, GROUP, RedisJournal, backlog
 from worker.wiring import process_name
 from worker.writer import Turn, fold
 
@@ -229,18 +231,57 @@ async def test_a_slow_writer_causes_no_more_fetching(harness: Harness) -> None:
 
 
 async def test_a_part_whose_entry_is_gone_is_fetched_again(harness: Harness) -> None:
-    """A published part without anything unapplied in its partition is lost: once its lease is over it is sent."""
+    """A published part without anything unapplied in its partition is lost: the next tick sends it."""
     acme = await harness.synced()
     await change(harness, 1)
     await fetched(harness, acme)
     await harness.redis.xtrim(acme.stream, maxlen=0)
     await harness.tick()
-    assert not harness.messages, "its lease still holds"
-    await harness.break_leases()
-    await harness.tick()
     assert harness.messages
     await harness.settle()
+    assert harness.lapses == 0
     await harness.true(acme)
+
+
+async def test_a_publication_noted_after_redis_was_put_back_is_missed_soon(harness: Harness) -> None:
+    """Postgres hears of a publication when Redis has lost it already, and the writer is behind with what came later."""
+    acme = await harness.synced()
+    await change(harness, 1)
+    await harness.make_due(acme)
+    await harness.tick()
+    late: list[Claim] = []
+
+    async def delayed(_: object, claims: Sequence[Claim]) -> None:
+        late.extend(claims)
+
+    copy = await harness.copy_redis()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(PgLedger, "published", delayed)
+        await harness.deliver(harness.messages.popleft())
+    await harness.put_back(copy)
+    await harness.tick()
+    await harness.runtime.ports.ledger.published(late)
+    await asyncio.sleep(0.05)
+    await harness.redis.xadd(acme.stream, {"ce": "[]"})
+    await harness.tick()
+    assert {p for sending in harness.messages for p in sending.lanes} == {claim.part_id for claim in late}
+    await harness.settle()
+    assert harness.lapses == 0
+    await harness.true(acme)
+
+
+async def test_a_wrong_clock_of_redis_makes_nothing_lost(harness: Harness) -> None:
+    """Whether an entry still waits is told without comparing the clocks of Redis and Postgres."""
+    acme = await harness.synced()
+    await change(harness, 1)
+    await fetched(harness, acme)
+    found = await backlog(harness.redis, acme.partition)
+    assert found.oldest is not None
+    assert timedelta() < found.age < timedelta(minutes=1)
+    now = await harness.runtime.recovery.now()
+    recovery = harness.runtime.recovery
+    assert await recovery.look_after_published({acme.partition: now - found.age}) == 0
+    assert await recovery.look_after_published({acme.partition: now}) > 0
 
 
 async def test_a_killed_fetcher_is_followed_by_another(harness: Harness) -> None:
@@ -298,6 +339,28 @@ async def test_a_message_that_the_broker_lost_is_sent_again(harness: Harness) ->
     assert len(harness.messages) == 1
     await harness.settle()
     await harness.agree(acme)
+
+
+async def test_a_lost_message_is_missed_although_others_wait(harness: Harness) -> None:
+    """A queue is worked off in order: what was sent before all that waits there, and nobody claimed, is lost."""
+    first, second = await harness.synced("first"), await harness.synced("second")
+    for watched in (first, second):
+        await harness.make_due(watched)
+        await harness.tick()
+    assert len(harness.messages) == 2
+    harness.messages.popleft()
+    for seconds, watched in enumerate((first, second), start=1):
+        await harness.rows(
+            "UPDATE rollcall.sync_parts SET lease_until = now() + make_interval(secs => %s)"
+            " WHERE status = 'queued' AND connector_id = %s",
+            [seconds, watched.id],
+        )
+    await harness.tick()
+    assert [sending.connector_id for sending in harness.messages] == [second.id, first.id]
+    await harness.settle()
+    assert harness.lapses == 0
+    await harness.agree(first)
+    await harness.agree(second)
 
 
 async def test_what_kills_whoever_asks_for_it_is_given_up(harness: Harness) -> None:
