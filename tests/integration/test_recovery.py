@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
@@ -15,6 +16,7 @@ from psycopg import sql
 from psycopg.types.json import Jsonb
 
 from schemas.connectors import Dataset, RunKind
+from tasks import bridge
 from tests.fixtures.harness import Harness, Row, Watched, opened
 from tests.fixtures.simulator import Simulator
 from worker.dev.stack import EmbeddedStack
@@ -22,12 +24,13 @@ from worker.errors import TryLater
 from worker.folding import LOCK_CLASS
 from worker.observe import observe
 from worker.ports import Claim
+from worker.store import recovery
 from worker.store.books import PgBooks
 from worker.store.db import connect
 from worker.store.ledger import PgLedger
 from worker.store.workers import leave
 from worker.stream import DEAD_LETTERS, GROUP, RedisJournal, backlog
-from worker.wiring import process_name
+from worker.wiring import Runtime, process_name
 from worker.writer import Turn, fold
 
 SOON_S = 20.0
@@ -322,6 +325,58 @@ async def test_parts_of_a_silent_worker_are_due_at_once(harness: Harness, gone: 
     assert harness.messages
     await harness.settle()
     assert harness.lapses == 0
+    await harness.agree(acme)
+
+
+async def test_a_claim_that_could_not_be_returned_is_missed_by_its_worker(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A task that ends while Postgres is away leaves its parts claimed: its worker's heart makes them due again.
+
+    What the worker still has in hand is left alone.
+    """
+    monkeypatch.setattr(bridge, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(recovery, "STRAY", timedelta())
+    acme = await harness.synced()
+    await harness.make_due(acme)
+    await harness.tick()
+    parts = list(harness.messages.popleft().lanes)
+    ending = threading.Event()
+
+    async def work(opened: Runtime) -> None:
+        await opened.ports.ledger.claim(parts)
+        await asyncio.to_thread(ending.wait)
+        raise TryLater("database_unreachable")
+
+    here = bridge.Bridge(harness.runtime.settings, role="worker", slots=1)
+    await asyncio.to_thread(here.open)
+    try:
+        running = asyncio.create_task(asyncio.to_thread(here.run, work, deadline_s=SOON_S, parts=parts))
+        await until(lambda: harness.rows("SELECT 1 FROM rollcall.sync_parts WHERE status = 'running'"))
+        await asyncio.sleep(0.3)
+        assert not await harness.rows("SELECT 1 FROM rollcall.sync_parts WHERE status = 'waiting'")
+        ending.set()
+        with pytest.raises(TryLater):
+            await running
+        await until(lambda: harness.rows("SELECT 1 FROM rollcall.sync_parts WHERE status = 'waiting'"))
+        assert not await harness.rows("SELECT 1 FROM rollcall.sync_parts WHERE status = 'running'")
+    finally:
+        await asyncio.to_thread(here.close)
+    await harness.tick()
+    assert harness.messages
+    await harness.settle()
+    assert harness.lapses == 0
+    await harness.agree(acme)
+
+
+async def test_what_was_claimed_since_hands_were_looked_at_is_no_stray(harness: Harness) -> None:
+    """A claim of the last seconds may be younger than what is known of its worker's hands."""
+    acme = await harness.synced()
+    await harness.make_due(acme)
+    await harness.tick()
+    await harness.runtime.ports.ledger.claim(list(harness.messages.popleft().lanes))
+    assert await harness.runtime.recovery.return_strays(process_name(), list) == 0
+    await harness.settle()
     await harness.agree(acme)
 
 

@@ -19,7 +19,23 @@ SILENCE = timedelta(seconds=20)
 UNCLAIMED = timedelta(seconds=10)
 """How long a part may be sent, its message not waiting at the broker, and be claimed by nobody before it counts as
 lost: within it a message is on its way, or a worker that took it waits for Postgres."""
+STRAY = timedelta(seconds=10)
+"""How long ago a part must have been claimed to be looked for in its worker's hands: what was claimed since they were
+looked at is no stray. (A number is drawn near the time in us.)"""
 TIDY_EVERY = timedelta(minutes=5)
+
+_CLAIMED = """
+    WITH gone AS (
+        UPDATE rollcall.sync_parts p SET status = 'waiting', lane = NULL, lease_until = NULL
+        WHERE p.status = 'running' AND p.published_at IS NULL AND """
+_DUE_AGAIN = """
+        RETURNING p.connector_id, p.dataset, p.claimed
+    ), freed AS (
+        UPDATE rollcall.connector_access a SET lease_until = NULL FROM gone
+        WHERE a.connector_id = gone.connector_id AND a.dataset = gone.dataset AND a.claimed = gone.claimed
+    )
+    SELECT count(*) FROM gone
+    """
 
 
 class Recovery:
@@ -85,24 +101,25 @@ class Recovery:
 
     async def bury(self) -> int:
         """Make due what silent or gone workers had claimed; if one was only slow, a fetch is spent, no fact."""
-        return int(
-            await self._one(
-                """
-                WITH dead AS (
-                    UPDATE rollcall.sync_parts p SET status = 'waiting', lane = NULL, lease_until = NULL
-                    WHERE p.status = 'running' AND p.published_at IS NULL AND NOT EXISTS (
-                        SELECT 1 FROM rollcall.workers w WHERE w.name = p.worker AND w.seen_at >= now() - %s
-                    )
-                    RETURNING p.connector_id, p.dataset, p.claimed
-                ), freed AS (
-                    UPDATE rollcall.connector_access a SET lease_until = NULL FROM dead
-                    WHERE a.connector_id = dead.connector_id AND a.dataset = dead.dataset AND a.claimed = dead.claimed
-                )
-                SELECT count(*) FROM dead
-                """,
-                SILENCE,
-            )
-        )
+        silent = """
+            NOT EXISTS (SELECT 1 FROM rollcall.workers w WHERE w.name = p.worker AND w.seen_at >= now() - %s)
+            """
+        return int(await self._one(_CLAIMED + silent + _DUE_AGAIN, SILENCE))
+
+    async def return_strays(self, worker: str, in_hand: Callable[[], Collection[UUID]]) -> int:
+        """Make due what a living worker claimed and has in hand no more: nobody else knows that it gave up.
+
+        So it is when Postgres was away just then: the answer to a claim was lost, or the part could not be returned.
+        `in_hand` is asked at the last moment, and must have had what it tells of since before it was claimed.
+        """
+        stray = "p.worker = %s AND p.claimed < extract(epoch FROM now() - %s) * 1e6 AND NOT p.id = ANY(%b)"
+
+        async def work(connection: Connection) -> int:
+            values = [worker, STRAY, list(in_hand())]
+            row = await (await connection.execute(_CLAIMED + stray + _DUE_AGAIN, values)).fetchone()
+            return int(row["count"]) if row else 0
+
+        return await self._db.statement(work)
 
     async def void_unclaimed(self, kinds: Collection[RunKind], *, waiting: int) -> int:
         """Make due again parts of these kinds that were sent a while ago and whose message is lost.
