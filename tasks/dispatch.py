@@ -61,6 +61,7 @@ async def _find_lost(runtime: Runtime) -> None:
         # Subscribers may have read what Redis forgot: without snapshots the next polls publish, and show the break.
         await runtime.snapshots.forget_all()
         lost += await recovery.void_messages()
+        await recovery.redis_is_known()
     if lost:
         log.warning("parts_lost", parts_due_again=lost)
     if exhausted := await recovery.give_up(runtime.settings.part_attempts):

@@ -23,6 +23,8 @@ STRAY = timedelta(seconds=10)
 """How long ago a part must have been claimed to be looked for in its worker's hands: what was claimed since they were
 looked at is no stray. (A number is drawn near the time in us.)"""
 TIDY_EVERY = timedelta(minutes=5)
+UNKNOWN = 2**63 - 1
+"""What the ticks of a Redis are compared with while it is not known what it lost: all of them are lower."""
 
 _CLAIMED = """
     WITH gone AS (
@@ -87,17 +89,23 @@ class Recovery:
     async def redis_went_back(self, count: Callable[[], Awaitable[int]]) -> bool:
         """Count a tick in Redis, and tell whether Redis had lost count: it was flushed or put back.
 
-        The row's lock makes ticks count one after the other, so that two at once raise no alarm.
+        Every tick is told so until somebody is done with what follows (`redis_is_known`), since who heard of it first
+        may not come to it. The row's lock makes ticks count one after the other, so that two at once raise no alarm.
         """
 
         async def work(connection: Connection) -> bool:
             rows = await connection.execute("SELECT ticks FROM rollcall.meta FOR UPDATE")
             row = await rows.fetchone()
             ticks = await count()
-            await connection.execute("UPDATE rollcall.meta SET ticks = %s", [ticks])
-            return row is not None and ticks <= row["ticks"]
+            back = row is not None and ticks <= row["ticks"]
+            await connection.execute("UPDATE rollcall.meta SET ticks = %s", [UNKNOWN if back else ticks])
+            return back
 
         return await self._db.transaction(work)
+
+    async def redis_is_known(self) -> None:
+        """Note that what followed from a Redis that went back is done; the next tick counts on from there."""
+        await self._one("UPDATE rollcall.meta SET ticks = 0 WHERE ticks = %s RETURNING true", UNKNOWN)
 
     async def bury(self) -> int:
         """Make due what silent or gone workers had claimed; if one was only slow, a fetch is spent, no fact."""
