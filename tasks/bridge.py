@@ -9,10 +9,12 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Awaitable, Callable, Coroutine
+from collections import Counter
+from collections.abc import Awaitable, Callable, Collection, Coroutine
 from concurrent.futures import CancelledError, Future
 from contextlib import suppress
 from typing import Any, TypeVar
+from uuid import UUID
 
 import structlog
 import uvloop
@@ -41,6 +43,7 @@ class Bridge:
         self._stop = asyncio.Event()
         self._main: Future[None] | None = None
         self._working: set[asyncio.Task[Any] | None] = set()
+        self._in_hand: Counter[UUID] = Counter()
         self.name = process_name()
         self.progress = time.monotonic()
 
@@ -69,20 +72,29 @@ class Bridge:
             raise
 
     async def _heart(self, opened: Runtime) -> None:
-        """Tell Postgres that this process is there and what it can take, and measure the loop's lag."""
+        """Tell Postgres that this process is there and what it can take, and measure the loop's lag.
+
+        What Postgres thinks it has in hand beyond what it has is due again.
+        """
         while not self._stop.is_set():
             with suppress(TryLater):
                 await beat_heart(
                     opened.db, self.name, self._role, self._slots, quiet_s=time.monotonic() - self.progress
                 )
+                if strays := await opened.recovery.return_strays(self.name, lambda: self._in_hand):
+                    log.warning("claims_returned", parts_due_again=strays)
             due = time.monotonic() + HEARTBEAT_S
             with suppress(TimeoutError):
                 async with asyncio.timeout(HEARTBEAT_S):
                     await self._stop.wait()
             metrics.LOOP_LAG_SECONDS.observe(max(0.0, time.monotonic() - due))
 
-    def run(self, work: Callable[[Runtime], Coroutine[Any, Any, T]], *, deadline_s: float) -> T:
+    def run(
+        self, work: Callable[[Runtime], Coroutine[Any, Any, T]], *, deadline_s: float, parts: Collection[UUID] = ()
+    ) -> T:
         """Run a coroutine on the loop and wait for it; its deadline is enforced on the loop.
+
+        Until it ends, `parts` are in this process's hands.
 
         Raises:
             TryLater: the deadline passed, or the process is shutting down.
@@ -92,11 +104,13 @@ class Bridge:
         async def bounded() -> T:
             task = asyncio.current_task()
             self._working.add(task)
+            self._in_hand.update(parts)
             try:
                 async with asyncio.timeout(deadline_s):
                     return await work(self._ready.result(0))
             finally:
                 self._working.discard(task)
+                self._in_hand -= Counter(parts)
 
         try:
             result = asyncio.run_coroutine_threadsafe(bounded(), self._loop).result(deadline_s + 5)
@@ -142,10 +156,12 @@ def install(bridge: Bridge | None) -> None:
     _current = bridge
 
 
-def run(name: str, work: Callable[[Runtime], Awaitable[T]], *, deadline_s: float) -> T | None:
+def run(
+    name: str, work: Callable[[Runtime], Awaitable[T]], *, deadline_s: float, parts: Collection[UUID] = ()
+) -> T | None:
     """Run a task's coroutine; an answer that names itself is logged and ends the task, the rest fails loudly.
 
-    Nothing is retried by Celery: what is not done is due again in the ledger.
+    Nothing is retried by Celery: what is not done is due again in the ledger, `parts` that stay claimed too.
     """
     if _current is None:
         raise RuntimeError("no bridge: run tasks in a process started by `rollcall worker`")
@@ -156,7 +172,7 @@ def run(name: str, work: Callable[[Runtime], Awaitable[T]], *, deadline_s: float
     began = time.perf_counter()
     outcome = metrics.Outcome.FAILED
     try:
-        result = _current.run(coroutine, deadline_s=deadline_s)
+        result = _current.run(coroutine, deadline_s=deadline_s, parts=parts)
         outcome = metrics.Outcome.DONE
     except TryLater as error:
         outcome = metrics.Outcome.RETRIED

@@ -41,7 +41,7 @@ async def _tick(runtime: Runtime) -> None:
     until = time.monotonic() + runtime.settings.dispatch_interval_s
     waiting = await asyncio.to_thread(waiting_messages, [FETCH, BACKFILL])
     for queue, kinds in ((FETCH, POLLS), (BACKFILL, BULK)):
-        if not waiting[queue] and (lost := await runtime.recovery.void_unclaimed(kinds)):
+        if lost := await runtime.recovery.void_unclaimed(kinds, waiting=waiting[queue]):
             log.warning("messages_lost", parts_due_again=lost)
     more = await _send_due(runtime, waiting[FETCH])
     while more and time.monotonic() < until:
@@ -61,6 +61,7 @@ async def _find_lost(runtime: Runtime) -> None:
         # Subscribers may have read what Redis forgot: without snapshots the next polls publish, and show the break.
         await runtime.snapshots.forget_all()
         lost += await recovery.void_messages()
+        await recovery.redis_is_known()
     if lost:
         log.warning("parts_lost", parts_due_again=lost)
     if exhausted := await recovery.give_up(runtime.settings.part_attempts):
@@ -68,9 +69,13 @@ async def _find_lost(runtime: Runtime) -> None:
 
 
 async def _look_after_streams(runtime: Runtime) -> None:
-    """Keep the leases of what only waits for the writer, and trim what grew long."""
-    logs = {n: await backlog(runtime.redis, n) for n in range(await runtime.recovery.partitions())}
-    await runtime.recovery.renew({n: found.oldest for n, found in logs.items() if found.oldest is not None})
+    """Tell published parts that wait for the writer from those whose entry is gone, and trim what grew long."""
+    recovery = runtime.recovery
+    looked = await recovery.now()
+    logs = {n: await backlog(runtime.redis, n) for n in range(await recovery.partitions())}
+    # Where nothing waits, that holds for all that was published before this look.
+    if lost := await recovery.look_after_published({n: looked - found.age for n, found in logs.items()}):
+        log.warning("entries_lost", parts_due_again=lost)
     for partition, found in logs.items():
         if found.entries > runtime.settings.stream_ceiling_entries // 2:
             await trim_stream(runtime, partition)

@@ -24,7 +24,7 @@ def _fetch(name: str, message: dict[str, object]) -> None:
         if any(c.kind is not RunKind.POLL for c in settled) or len(results) < len(fetch.part_ids):
             await advance(runtime, {c.target.connector_id for c in settled})
 
-    bridge.run(name, work, deadline_s=DEADLINE_S)
+    bridge.run(name, work, deadline_s=DEADLINE_S, parts=fetch.part_ids)
 
 
 @app.task(name="rollcall.fetch_members")

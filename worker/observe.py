@@ -54,7 +54,7 @@ async def observe(part_ids: Sequence[UUID], ports: Ports) -> list[Result]:
     than it has lanes.
 
     Raises:
-        TryLater: Postgres or Redis is not there; what was not settled is given back, or found by its lease.
+        TryLater: Postgres or Redis is not there; what was not settled is given back, or missed by the worker's heart.
 
     """
     claims = await ports.ledger.claim(part_ids)

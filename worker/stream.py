@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any, TypeAlias
 from uuid import uuid4
 
@@ -145,27 +145,36 @@ async def wait_beyond(redis: Redis, ends: dict[Any, Any], *, block_ms: int) -> N
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """What the writer has not applied yet of a partition: since when, None when nothing."""
+    """What the writer has not applied yet of a partition: since when, None when nothing.
+
+    `age` is how long that one waits by the clock that dated it, so that it can be compared with any other clock.
+    """
 
     oldest: datetime | None
     entries: int
+    age: timedelta = timedelta()
 
 
 async def backlog(redis: Redis, partition: int) -> Backlog:
     """Measure what is pending or unread for the writer (never by `lag`, which is wrong after deletes)."""
     key = stream_key(partition)
+    pending = None
     with answering():
+        seconds, microseconds = await redis.time()
         length = await redis.xlen(key)
         groups = await redis.xinfo_groups(key) if length else []
         mine = next((g for g in groups if _text(g["name"]) == GROUP), None)
         if mine is None:
-            first = await redis.xrange(key, count=1) if length else []
-            return Backlog(_time(first[0][0]) if first else None, length)
-        last = _text(mine["last-delivered-id"])
-        pending = await redis.xpending(key, GROUP) if mine["pending"] else None
-        unread = await redis.xrange(key, min=f"({last}", count=1)
+            unread = await redis.xrange(key, count=1) if length else []
+        else:
+            last = _text(mine["last-delivered-id"])
+            pending = await redis.xpending(key, GROUP) if mine["pending"] else None
+            unread = await redis.xrange(key, min=f"({last}", count=1)
     ids = [i for i in ((pending or {}).get("min"), unread[0][0] if unread else None) if i]
-    return Backlog(min((_time(i) for i in ids), default=None), length)
+    if not ids:
+        return Backlog(None, length)
+    oldest = min(map(_time, ids))
+    return Backlog(oldest, length, datetime.fromtimestamp(seconds + microseconds / 1e6, UTC) - oldest)
 
 
 def _time(entry_id: Any) -> datetime:

@@ -15,10 +15,29 @@ from worker.store.sending import SENT_LEASE
 PLAN_AFTER = timedelta(seconds=30)
 """A run that nobody planned for so long has lost its message."""
 SILENCE = timedelta(seconds=20)
-"""How long a worker may miss its heartbeat, and a sent part its claim, before they count as lost."""
+"""How long a worker may miss its heartbeat before it counts as lost."""
+UNCLAIMED = timedelta(seconds=10)
+"""How long a part may be sent, its message not waiting at the broker, and be claimed by nobody before it counts as
+lost: within it a message is on its way, or a worker that took it waits for Postgres."""
+STRAY = timedelta(seconds=10)
+"""How long ago a part must have been claimed to be looked for in its worker's hands: what was claimed since they were
+looked at is no stray. (A number is drawn near the time in us.)"""
 TIDY_EVERY = timedelta(minutes=5)
-CLOCKS_APART = timedelta(seconds=10)
-"""How far the clocks of Redis and Postgres may differ without a published part being fetched twice."""
+UNKNOWN = 2**63 - 1
+"""What the ticks of a Redis are compared with while it is not known what it lost: all of them are lower."""
+
+_CLAIMED = """
+    WITH gone AS (
+        UPDATE rollcall.sync_parts p SET status = 'waiting', lane = NULL, lease_until = NULL
+        WHERE p.status = 'running' AND p.published_at IS NULL AND """
+_DUE_AGAIN = """
+        RETURNING p.connector_id, p.dataset, p.claimed
+    ), freed AS (
+        UPDATE rollcall.connector_access a SET lease_until = NULL FROM gone
+        WHERE a.connector_id = gone.connector_id AND a.dataset = gone.dataset AND a.claimed = gone.claimed
+    )
+    SELECT count(*) FROM gone
+    """
 
 
 class Recovery:
@@ -62,58 +81,78 @@ class Recovery:
             )
         )
 
+    async def now(self) -> datetime:
+        """Read the time that leases are measured by."""
+        now: datetime = await self._one("SELECT clock_timestamp()")
+        return now
+
     async def redis_went_back(self, count: Callable[[], Awaitable[int]]) -> bool:
         """Count a tick in Redis, and tell whether Redis had lost count: it was flushed or put back.
 
-        The row's lock makes ticks count one after the other, so that two at once raise no alarm.
+        Every tick is told so until somebody is done with what follows (`redis_is_known`), since who heard of it first
+        may not come to it. The row's lock makes ticks count one after the other, so that two at once raise no alarm.
         """
 
         async def work(connection: Connection) -> bool:
             rows = await connection.execute("SELECT ticks FROM rollcall.meta FOR UPDATE")
             row = await rows.fetchone()
             ticks = await count()
-            await connection.execute("UPDATE rollcall.meta SET ticks = %s", [ticks])
-            return row is not None and ticks <= row["ticks"]
+            back = row is not None and ticks <= row["ticks"]
+            await connection.execute("UPDATE rollcall.meta SET ticks = %s", [UNKNOWN if back else ticks])
+            return back
 
         return await self._db.transaction(work)
 
+    async def redis_is_known(self) -> None:
+        """Note that what followed from a Redis that went back is done; the next tick counts on from there."""
+        await self._one("UPDATE rollcall.meta SET ticks = 0 WHERE ticks = %s RETURNING true", UNKNOWN)
+
     async def bury(self) -> int:
         """Make due what silent or gone workers had claimed; if one was only slow, a fetch is spent, no fact."""
-        return int(
-            await self._one(
-                """
-                WITH dead AS (
-                    UPDATE rollcall.sync_parts p SET status = 'waiting', lane = NULL, lease_until = NULL
-                    WHERE p.status = 'running' AND p.published_at IS NULL AND NOT EXISTS (
-                        SELECT 1 FROM rollcall.workers w WHERE w.name = p.worker AND w.seen_at >= now() - %s
-                    )
-                    RETURNING p.connector_id, p.dataset, p.claimed
-                ), freed AS (
-                    UPDATE rollcall.connector_access a SET lease_until = NULL FROM dead
-                    WHERE a.connector_id = dead.connector_id AND a.dataset = dead.dataset AND a.claimed = dead.claimed
-                )
-                SELECT count(*) FROM dead
-                """,
-                SILENCE,
-            )
-        )
+        silent = """
+            NOT EXISTS (SELECT 1 FROM rollcall.workers w WHERE w.name = p.worker AND w.seen_at >= now() - %s)
+            """
+        return int(await self._one(_CLAIMED + silent + _DUE_AGAIN, SILENCE))
 
-    async def void_unclaimed(self, kinds: Collection[RunKind]) -> int:
-        """While no message for these kinds waits at the broker: parts that were sent a while ago have lost theirs."""
+    async def return_strays(self, worker: str, in_hand: Callable[[], Collection[UUID]]) -> int:
+        """Make due what a living worker claimed and has in hand no more: nobody else knows that it gave up.
+
+        So it is when Postgres was away just then: the answer to a claim was lost, or the part could not be returned.
+        `in_hand` is asked at the last moment, and must have had what it tells of since before it was claimed.
+        """
+        stray = "p.worker = %s AND p.claimed < extract(epoch FROM now() - %s) * 1e6 AND NOT p.id = ANY(%b)"
+
+        async def work(connection: Connection) -> int:
+            values = [worker, STRAY, list(in_hand())]
+            row = await (await connection.execute(_CLAIMED + stray + _DUE_AGAIN, values)).fetchone()
+            return int(row["count"]) if row else 0
+
+        return await self._db.statement(work)
+
+    async def void_unclaimed(self, kinds: Collection[RunKind], *, waiting: int) -> int:
+        """Make due again parts of these kinds that were sent a while ago and whose message is lost.
+
+        The `waiting` messages at the broker are those sent last, since a queue is worked off in order; parts of one
+        message have leases that end together. Should a message turn up after all, it finds nothing left to claim.
+        """
         return int(
             await self._one(
                 """
-                WITH lost AS (
-                    UPDATE rollcall.sync_parts SET lane = NULL, lease_until = NULL
-                    WHERE status = 'queued' AND kind = ANY(%s) AND lane IS NOT NULL
-                      AND lease_until < now() + %s::interval - %s::interval
+                WITH sent AS (
+                    SELECT id, lease_until, dense_rank() OVER (ORDER BY lease_until DESC) AS place
+                    FROM rollcall.sync_parts WHERE status = 'queued' AND kind = ANY(%s) AND lane IS NOT NULL
+                ), lost AS (
+                    UPDATE rollcall.sync_parts p SET lane = NULL, lease_until = NULL FROM sent
+                    WHERE p.id = sent.id AND p.status = 'queued' AND p.lease_until = sent.lease_until
+                      AND sent.place > %s AND sent.lease_until < now() + %s::interval - %s::interval
                     RETURNING 1
                 )
                 SELECT count(*) FROM lost
                 """,
                 [str(kind) for kind in kinds],
+                waiting,
                 SENT_LEASE,
-                SILENCE,
+                UNCLAIMED,
             )
         )
 
@@ -136,39 +175,44 @@ class Recovery:
             )
         )
 
-    async def renew(self, unapplied: Mapping[int, datetime]) -> None:
-        """Keep the leases of published parts whose entry may still wait for the writer: slow is not lost.
+    async def look_after_published(self, unapplied: Mapping[int, datetime]) -> int:
+        """Keep the leases of published parts whose entry may wait for the writer, make due again those whose is gone.
 
-        What somebody is working on right now needs no renewal, so nobody is waited for.
+        `unapplied` tells, by partition, since when something may wait. A part is noted as published once its entry is
+        there: one noted earlier is not among what waits, and no writer will ever close it. Slow is not lost: while the
+        entry may wait, its part is not asked again. What somebody is working on right now is left alone.
         """
-        if not unapplied:
-            return
-        await self._one(
-            """
-            WITH n AS (SELECT * FROM unnest(%s::int[], %s::timestamptz[]) AS n (partition, oldest)),
-            free AS (
-                SELECT p.id, a.connector_id, a.dataset FROM rollcall.sync_parts p
-                JOIN rollcall.connectors c ON c.id = p.connector_id
-                JOIN n ON n.partition = c.partition
-                JOIN rollcall.connector_access a
-                     ON a.connector_id = p.connector_id AND a.dataset = p.dataset AND a.claimed = p.claimed
-                WHERE p.status = 'running' AND p.published_at > n.oldest - %s::interval
-                ORDER BY a.connector_id, a.dataset FOR NO KEY UPDATE OF a SKIP LOCKED
-            ), kept AS (
-                UPDATE rollcall.sync_parts p SET lease_until = now() + %s FROM free
-                WHERE p.id = free.id AND p.status = 'running'
-                RETURNING free.connector_id, free.dataset
-            ), leases AS (
-                UPDATE rollcall.connector_access a SET lease_until = now() + %s FROM kept
-                WHERE a.connector_id = kept.connector_id AND a.dataset = kept.dataset
+        return int(
+            await self._one(
+                """
+                WITH n AS (SELECT * FROM unnest(%s::int[], %s::timestamptz[]) AS n (partition, since)),
+                free AS (
+                    SELECT p.id, p.published_at, a.connector_id, a.dataset,
+                           CASE WHEN p.published_at >= n.since THEN now() + %s END AS lease_until
+                    FROM rollcall.sync_parts p
+                    JOIN rollcall.connectors c ON c.id = p.connector_id
+                    JOIN n ON n.partition = c.partition
+                    JOIN rollcall.connector_access a
+                         ON a.connector_id = p.connector_id AND a.dataset = p.dataset AND a.claimed = p.claimed
+                    WHERE p.status = 'running' AND p.published_at IS NOT NULL
+                    ORDER BY a.connector_id, a.dataset FOR NO KEY UPDATE OF a SKIP LOCKED
+                ), parts AS (
+                    UPDATE rollcall.sync_parts p
+                    SET lease_until = free.lease_until, lane = NULL,
+                        status = CASE WHEN free.lease_until IS NULL THEN 'waiting' ELSE p.status END,
+                        published_at = CASE WHEN free.lease_until IS NULL THEN NULL ELSE p.published_at END
+                    FROM free WHERE p.id = free.id AND p.status = 'running' AND p.published_at = free.published_at
+                    RETURNING free.connector_id, free.dataset, free.lease_until
+                ), leases AS (
+                    UPDATE rollcall.connector_access a SET lease_until = parts.lease_until FROM parts
+                    WHERE a.connector_id = parts.connector_id AND a.dataset = parts.dataset
+                )
+                SELECT count(*) FROM parts WHERE lease_until IS NULL
+                """,
+                list(unapplied),
+                list(unapplied.values()),
+                SENT_LEASE,
             )
-            SELECT count(*) FROM kept
-            """,
-            list(unapplied),
-            list(unapplied.values()),
-            CLOCKS_APART,
-            SENT_LEASE,
-            SENT_LEASE,
         )
 
     async def unplanned(self) -> list[UUID]:

@@ -21,7 +21,7 @@ from worker.store.db import Connection, Database, Row
 from worker.store.runs import SCHEDULER, insert_parts, run_announcement, speaks
 
 SENT_LEASE = timedelta(seconds=120)
-"""How long a message may stay unclaimed before its parts are sent again."""
+"""How long a message may stay unclaimed at most before its parts are sent again; a tick mostly knows sooner."""
 
 
 @dataclass(frozen=True, slots=True)
