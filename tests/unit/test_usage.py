@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from datetime import UTC, date, datetime, timedelta
-from decimal import Decimal
+from decimal import Context, Decimal
+from functools import reduce
 from typing import Any
 
 import orjson
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from schemas.connectors import Dataset
@@ -393,13 +394,19 @@ def as_cells(rows: Sequence[tuple[date, str | None, Any]]) -> list[list[Any]]:
     return [[f"{day}T00:00:00Z", key, amount] for day, key, amount in rows]
 
 
+def exact_sum(amounts: Iterable[Decimal]) -> Decimal:
+    """Add without rounding to the 28 digits that decimals have by default."""
+    return reduce(Context(prec=400).add, amounts, Decimal(0))
+
+
 @given(ROWS)
+@example([(MONDAY, "u", 1e8), (MONDAY, "u", 2.2250738585072014e-05)])
 def test_totals_are_those_of_the_wire(rows: list[tuple[date, str | None, Any]]) -> None:
     """Each day's total is the exact sum of its rows on the wire, and of its own rows."""
     for subject, day in credit_days(as_cells(rows), dataset=Dataset.USAGE_PRODUCT).items():
-        wire = sum(Decimal(str(amount)) for when, _, amount in rows if subject.endswith(str(when)))
+        wire = exact_sum(Decimal(str(amount)) for when, _, amount in rows if subject.endswith(str(when)))
         assert Decimal(day["totals"].get("credits", 0)) == wire
-        assert sum(Decimal(row["amount"]) for row in day["rows"]) == wire
+        assert exact_sum(Decimal(row["amount"]) for row in day["rows"]) == wire
         assert all(Decimal(row["amount"]) != 0 for row in day["rows"])
         assert day["rows"] == sorted(day["rows"], key=lambda row: (row["key"], row["unit"]))
         assert UsageDay.model_validate(day).model_dump() == day
