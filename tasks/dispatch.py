@@ -13,7 +13,7 @@ from tasks.app import BACKFILL, FETCH, app, send_sync, send_tidy, waiting_messag
 from tasks.sending import deliver
 from tasks.upkeep import trim_stream
 from worker import metrics
-from worker.plan import CONNECTORS_PER_MESSAGE, Sending
+from worker.plan import POLLS_PER_MESSAGE, Sending
 from worker.stream import backlog, tick
 from worker.wiring import Runtime
 
@@ -88,7 +88,7 @@ async def _send_due(runtime: Runtime, waiting: int) -> bool:
     """
     recovery, dispatch = runtime.recovery, runtime.dispatch
     messages = await recovery.slots() * MESSAGES_PER_SLOT - waiting
-    room = max(0, messages) * CONNECTORS_PER_MESSAGE
+    room = max(0, messages) * POLLS_PER_MESSAGE
     polls = await recovery.stalled(room, POLLS)
     bulk_room = await dispatch.bulk_room()  # apart: a backlog hides no poll, and takes none's room
     bulk = await recovery.stalled(bulk_room, BULK)

@@ -15,8 +15,9 @@ PLAN_RECHECK = timedelta(days=1)
 RECONCILE_DAYS = 30
 LANES = (1, 2)
 """A connector's places for a request in flight: the provider's other traffic is never displaced by more."""
-CONNECTORS_PER_MESSAGE = 4
-"""Whose parts travel in one message: more would save little, and all their answers are in memory at once."""
+POLLS_PER_MESSAGE, BULK_PER_MESSAGE = 12, 4
+"""How many connectors' parts travel in one message. Of backfills and reconciles more would save little, and all their
+answers are in memory at once; of a poll the message, its claim and its end are a good part of the cost."""
 _PRIORITY = {RunKind.POLL: 0, RunKind.RECONCILE: 1, RunKind.BACKFILL: 2}
 
 
@@ -177,9 +178,9 @@ def messages(sendings: Iterable[Sending]) -> list[list[Sending]]:
     for sending in sendings:
         (polls if sending.kind is RunKind.POLL else bulk).append(sending)
     return [
-        some[at : at + CONNECTORS_PER_MESSAGE]
-        for some in (polls, bulk)
-        for at in range(0, len(some), CONNECTORS_PER_MESSAGE)
+        some[at : at + most]
+        for some, most in ((polls, POLLS_PER_MESSAGE), (bulk, BULK_PER_MESSAGE))
+        for at in range(0, len(some), most)
     ]
 
 

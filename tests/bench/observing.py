@@ -24,6 +24,7 @@ from tests.bench.tenants import BACKFILL_DAYS, POLL_DAYS, Shape, Tenant, populat
 from tests.bench.truth import expected
 from tests.fixtures.simulator import Simulator
 from tests.fixtures.states import Folder, of_truth
+from worker import memory
 from worker.changes import GuardLimits
 from worker.elevenlabs.asking import Asked, Window, ask
 from worker.elevenlabs.client import Client
@@ -170,6 +171,7 @@ async def observe_all(asked: dict[str, Any], go: Go) -> Figures:
         first, polls = (_waves(ledger, targets, kind, as_of, calendar) for kind in (RunKind.BACKFILL, RunKind.POLL))
         if not asked["http"]:
             await _each(targets, lambda target: _learn(remembered, ledger, [*first[target], *polls[target]]))
+        memory.settle()  # as workers do
         await go()
         figures = await _measured("first", ports, first)
         await _measured("settling", ports, polls)  # leaves the digests of what a poll asks

@@ -21,6 +21,7 @@ from tests.bench.apart import Figures, Go, run_apart
 from tests.bench.case import Case, Sample, Side
 from tests.bench.samples import Size
 from tests.bench.stage import Stage, WrongResultError
+from worker import memory
 from worker.changes import Change
 from worker.entries import Entry, Report, assemble, batches
 from worker.packing import pack
@@ -57,6 +58,7 @@ async def publish_all(asked: dict[str, Any], go: Go) -> Figures:
             if done is not Publication.DONE:
                 raise WrongResultError(f"publishing ended as {done}")
 
+    memory.settle()  # as workers do
     await go()
     began = time.perf_counter()
     await asyncio.gather(*(some() for _ in range(observing.AT_ONCE)))

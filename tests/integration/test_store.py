@@ -22,7 +22,7 @@ from tests.fixtures.servers import revive
 from worker.dev.stack import EmbeddedStack
 from worker.elevenlabs.protocol import Finding, Verdict
 from worker.errors import ContractBroken, Refused, TryLater
-from worker.plan import CONNECTORS_PER_MESSAGE, messages
+from worker.plan import BULK_PER_MESSAGE, messages
 from worker.store import migrate as migrating
 from worker.store.db import Connection
 from worker.store.migrate import migrate, migrations
@@ -212,7 +212,7 @@ async def test_bulk_runs_leave_room(harness: Harness) -> None:
         await harness.add_connector(f"w{n}", members=1, groups=0, service_accounts=0)
     await harness.rows("INSERT INTO rollcall.workers (name, role, slots) VALUES ('w', 'worker', 4)")
     taken = await harness.runtime.dispatch.due(100)
-    assert [len(message) for message in messages(taken)] == [CONNECTORS_PER_MESSAGE] * 2
+    assert [len(message) for message in messages(taken)] == [BULK_PER_MESSAGE] * 2
     every = {row["id"] for row in await harness.rows("SELECT id FROM rollcall.connectors")}
     assert not await harness.runtime.dispatch.more(every)
 

@@ -25,7 +25,7 @@ from tests.fixtures.harness import Harness
 from tests.fixtures.installation import Installation, Row, installed, until
 from tests.fixtures.simulator import Simulator, start_simulator
 from worker.connectors import request_sync
-from worker.plan import CONNECTORS_PER_MESSAGE, Calendar, messages
+from worker.plan import BULK_PER_MESSAGE, Calendar, messages
 from worker.store.sending import Dispatch, Schedule
 from worker.wiring import runtime
 
@@ -223,4 +223,4 @@ async def test_no_backlog_hides_a_poll(harness: Harness) -> None:
     sent = [(message.kind, message.connector_id) for message in harness.messages]
     assert {connector for kind, connector in sent if kind is RunKind.POLL} == {again.id, due.id}
     bulk = [message for message in messages(harness.messages) if message[0].kind is RunKind.BACKFILL]
-    assert [len(message) for message in bulk] == [CONNECTORS_PER_MESSAGE] * 32, "for half of the harness's slots"
+    assert [len(message) for message in bulk] == [BULK_PER_MESSAGE] * 32, "for half of the harness's slots"

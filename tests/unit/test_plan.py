@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from schemas.connectors import DIRECTORY, USAGE, Access, Dataset, RunKind, Status, StatusReason
 from schemas.messages import Fetch
 from worker.plan import (
-    CONNECTORS_PER_MESSAGE,
+    BULK_PER_MESSAGE,
     LANES,
+    POLLS_PER_MESSAGE,
     RECONCILE_DAYS,
     AccessRow,
     Calendar,
@@ -117,7 +118,7 @@ def test_connectors_share_messages(kinds: list[RunKind]) -> None:
     for polls in (True, False):
         mine = [message for message in found if (message[0].kind is RunKind.POLL) is polls]
         assert [s for message in mine for s in message] == [s for s in sent if (s.kind is RunKind.POLL) is polls]
-        assert all(len(message) == CONNECTORS_PER_MESSAGE for message in mine[:-1])
+        assert all(len(message) == (POLLS_PER_MESSAGE if polls else BULK_PER_MESSAGE) for message in mine[:-1])
     for message in found:
         Fetch(part_ids=[part_id for sending in message for part_id in sending.lanes])
 

@@ -277,7 +277,7 @@ async def _bulk_room(connection: Connection) -> int:
         """
     )
     row = await rows.fetchone()
-    return max(0, int(row["room"])) * plan.CONNECTORS_PER_MESSAGE if row else 0
+    return max(0, int(row["room"])) * plan.BULK_PER_MESSAGE if row else 0
 
 
 def _any_bulk(by_connector: Mapping[UUID, Sequence[Row]]) -> bool:
