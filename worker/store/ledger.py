@@ -184,12 +184,13 @@ class PgLedger:
                 """
                 WITH n AS (
                     SELECT p.id FROM rollcall.sync_parts p
-                    JOIN unnest(%b::uuid[], %b::bigint[]) AS n (id, number) ON p.id = n.id AND p.claimed = n.number
-                    WHERE p.status = 'running' FOR NO KEY UPDATE OF p SKIP LOCKED
+                    WHERE p.id = ANY(%(ids)b) AND p.status = 'running'
+                          AND p.claimed = (%(numbers)b::bigint[])[array_position(%(ids)b::uuid[], p.id)]
+                    FOR NO KEY UPDATE OF p SKIP LOCKED
                 )
                 UPDATE rollcall.sync_parts p SET lane = NULL, published_at = now() FROM n WHERE p.id = n.id
                 """,
-                [[c.part_id for c in claims], [c.number for c in claims]],
+                {"ids": [c.part_id for c in claims], "numbers": [c.number for c in claims]},
             )
 
         await self._db.statement(work)

@@ -257,7 +257,8 @@ class Recovery:
     async def stalled(self, most: int, kinds: Collection[RunKind] = tuple(RunKind)) -> set[UUID]:
         """Find connectors with a part that is due again (it waited long enough, or its lease is over).
 
-        Those of the oldest runs of these kinds come first, each run once, however many parts it has left.
+        Those of the oldest runs of these kinds come first, each run once, however many parts it has left. (OFFSET 0 has
+        the parts of each run looked up: by their status, all open ones would be read for each.)
         """
 
         async def work(connection: Connection) -> set[UUID]:
@@ -265,8 +266,8 @@ class Recovery:
                 """
                 SELECT r.connector_id FROM rollcall.sync_runs r
                 WHERE r.status IN ('queued', 'running') AND r.kind = ANY(%b) AND EXISTS (
-                    SELECT 1 FROM rollcall.sync_parts p
-                    WHERE p.run_id = r.id AND p.status IN ('queued', 'running', 'waiting') AND p.not_before <= now()
+                    SELECT 1 FROM (SELECT * FROM rollcall.sync_parts WHERE run_id = r.id OFFSET 0) p
+                    WHERE p.status IN ('queued', 'running', 'waiting') AND p.not_before <= now()
                       AND (p.lease_until IS NULL OR p.lease_until < now()))
                 ORDER BY r.created_at LIMIT %s
                 """,
