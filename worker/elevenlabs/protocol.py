@@ -70,7 +70,7 @@ _SKIMMER: Final = msgspec.json.Decoder(msgspec.Raw)
 def _skims(body: bytes) -> bool:
     try:
         _SKIMMER.decode(body)
-    except msgspec.MsgspecError:
+    except (msgspec.MsgspecError, RecursionError):  # nested without end, it is no answer either
         return False
     return True
 
