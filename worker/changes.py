@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from schemas.events import Op
 from schemas.records import Listing, Record
@@ -17,8 +17,7 @@ Missing: TypeAlias = dict[str, tuple[int, str]]
 """Held subjects: in how many runs in a row each was missing, and the id of the last of these runs."""
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
+class Change(NamedTuple):
     """One record's step from `before` to `after`; `changed` names the fields that differ in an update.
 
     A usage day carries the whole day in `after` and nothing else.

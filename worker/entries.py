@@ -93,11 +93,12 @@ def batches(
 
 
 def _event(common: Mapping[str, Any], number: str, change: Change) -> dict[str, Any]:
+    subject = change.subject
     return {
         **common,
-        "id": f"{change.subject}@{number}",
-        "type": SUBJECT_TYPES[change.subject.partition("/")[0]],
-        "subject": change.subject,
+        "id": f"{subject}@{number}",
+        "type": SUBJECT_TYPES[subject.partition("/")[0]],
+        "subject": subject,
         "data": event_data(change),
     }
 
@@ -119,14 +120,10 @@ def envelope(tenant_id: str, connector_id: str, *, sequence: int, at: datetime, 
 
 def event_data(change: Change) -> dict[str, Any]:
     """Give `data` of a change: the whole day for usage, before and after for records."""
-    if change.subject.startswith("usage/"):
-        return {"op": change.op, **(change.after or {})}
-    return {
-        "op": change.op,
-        "before": change.before,
-        "after": change.after,
-        "changed": list(change.changed),
-    }
+    subject, op, before, after, changed = change
+    if subject.startswith("usage/"):
+        return {"op": op, **(after or {})}
+    return {"op": op, "before": before, "after": after, "changed": changed}
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,6 @@ from worker.elevenlabs.asking import Asked, Asking, unanswered
 from worker.elevenlabs.protocol import Answer, Finding, Request, backoff_s, classify, headers
 from worker.errors import ContractBroken, TryLater
 
-_CHUNK_BYTES: Final = 65_536
 _MAX_BODY_BYTES: Final = 64 * 1024 * 1024
 _FIRST_ERROR: Final = 300
 _SHORTEST_KEY: Final = 8
@@ -186,16 +185,16 @@ class Client:
         finally:
             took_ms = round((loop.time() - began) * 1000)
             _log.debug("provider_request", path=request.path, status=status, duration_ms=took_ms)
-        named = {name.lower(): value for name, value in response.headers.items()}
-        return Answer(status, named, _without_key(body, api_key) if status >= _FIRST_ERROR else body)
+        return Answer(status, response.headers, _without_key(body, api_key) if status >= _FIRST_ERROR else body)
 
     async def _body(self, response: aiohttp.ClientResponse) -> bytes:
-        body = bytearray()
-        async for chunk in response.content.iter_chunked(_CHUNK_BYTES):
-            body += chunk
-            if len(body) > self._max_body_bytes:
+        chunks, size = [], 0
+        while chunk := await response.content.readany():
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > self._max_body_bytes:
                 raise ContractBroken("body_too_large", f"The answer exceeds {self._max_body_bytes} bytes")
-        return bytes(body)
+        return b"".join(chunks)
 
 
 def _without_key(body: bytes, api_key: SecretStr) -> bytes:

@@ -52,7 +52,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer of the provider: header names in lower case, `body` decompressed."""
+    """One answer of the provider: headers are found by their names in lower case, `body` is decompressed."""
 
     status: int
     headers: Mapping[str, str]

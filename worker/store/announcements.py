@@ -37,7 +37,9 @@ async def announce(connection: Connection, announcements: Sequence[Announcement]
     await connection.execute(
         """
         INSERT INTO rollcall.announcements (tenant_id, connector_id, partition, type, subject, data, run_id)
-        SELECT * FROM unnest(%b::text[], %b::uuid[], %b::int[], %b::text[], %b::text[], %t::jsonb[], %b::uuid[])
+        SELECT tenant_id, connector_id, partition, type, subject, data::jsonb, run_id
+        FROM unnest(%b::text[], %b::uuid[], %b::int[], %b::text[], %b::text[], %b::text[], %b::uuid[])
+             AS n (tenant_id, connector_id, partition, type, subject, data, run_id)
         """,
         [
             [a.tenant_id for a in announcements],
