@@ -55,8 +55,8 @@ lint: dev ## Check style, types and who imports whom
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 
-bench: dev ## Measure beside floors of this machine; CASE= picks cases
-	@$(BIN)/python -m tests.bench $(CASE)
+bench: dev ## Measure beside floors of this machine; CASE= picks cases, CHECK=1 checks what they did
+	@$(BIN)/python -m tests.bench$(if $(CHECK), --check) $(CASE)
 
 chaos: dev ## Break it on purpose; SEED= repeats a run, DURATION= is in seconds
 	@$(BIN)/python -m tests.system.chaos $(if $(SEED),--seed "$(SEED)") $(if $(DURATION),--duration "$(DURATION)")

@@ -31,6 +31,8 @@ CASES: Sequence[Case] = (
     scaling.MEMBERS,
 )
 ROUNDS = 3
+RESULTS = Path("bench-results")
+CHECKED_RESULTS = RESULTS / "checked"
 WIDTH = 180
 """Of reports that go to a file or a pipe."""
 
@@ -44,9 +46,16 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("names", nargs="*", metavar="CASE", help="what to measure, default all")
     parser.add_argument("--case", nargs="+", default=[], choices=names, metavar="NAME", help="the same")
-    parser.add_argument("--rounds", type=int, help=f"how often each side is measured, default {ROUNDS}, quick 1")
-    parser.add_argument("--out", type=Path, default=Path("bench-results"), help="folder of results")
+    parser.add_argument(
+        "--rounds", type=int, help=f"how often each side is measured, default {ROUNDS}, quick or checked 1"
+    )
+    parser.add_argument("--out", type=Path, help=f"folder of results, default {RESULTS}, checked {CHECKED_RESULTS}")
     parser.add_argument("--quick", action="store_true", help="everything small, to prove the bench itself")
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="witness all that each case does and check its history; no floors, figures comparable with no others",
+    )
     parser.add_argument("--fresh", action="store_true", help="measure anew what an earlier run has finished")
     found = parser.parse_args(argv)
     found.wanted = [*found.names, *found.case] or names
@@ -64,9 +73,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     asked = _arguments(argv)
     plan = Plan(
         cases=[case for case in CASES if case.name in asked.wanted],
-        rounds=asked.rounds or (1 if asked.quick else ROUNDS),
+        rounds=asked.rounds or (1 if asked.quick or asked.check else ROUNDS),
         quick=asked.quick,
-        out=asked.out,
+        checked=asked.check,
+        out=asked.out or (CHECKED_RESULTS if asked.check else RESULTS),
         anew=asked.fresh,
     )
     signal.signal(signal.SIGTERM, _interrupt)

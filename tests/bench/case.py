@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
@@ -17,6 +17,20 @@ Side = Callable[[], Sample]
 Raises:
     WrongResultError: what came of it is not what the provider holds.
 """
+
+
+HISTORY = "history."
+"""How figures of what was checked begin."""
+FLOORS = frozenset({"floor", "stream", "fetch"})
+"""Sides that measure the machine: they have no history."""
+
+
+def joined(samples: Iterable[Sample]) -> Sample:
+    """Join the figures of several samples; what was checked adds up."""
+    found: Sample = {}
+    for sample in samples:
+        found |= {n: v + found.get(n, 0) if n.startswith(HISTORY) else v for n, v in sample.items()}
+    return found
 
 
 @dataclass(frozen=True, slots=True)

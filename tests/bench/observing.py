@@ -18,6 +18,7 @@ from redis import Redis
 from schemas.connectors import Dataset, RunKind, Status
 from tests.bench.apart import Figures, Go, run_apart
 from tests.bench.case import Case, Sample, Side
+from tests.bench.history import looked_at
 from tests.bench.samples import EVENTS_PER_ENTRY
 from tests.bench.stage import Stage, WrongResultError
 from tests.bench.tenants import BACKFILL_DAYS, POLL_DAYS, Shape, Tenant, populate, warm
@@ -259,7 +260,7 @@ class Observing:
             }
             found, seen = run_apart("tests.bench.observing:observe_all", asked, servers={})
             with place.redis() as redis:
-                self._check(redis, found)
+                checked = self._check(redis, found)
         records = expected(self.simulator, self.tenants, BACKFILL_DAYS).total
         return {
             "first.records_per_s": records / found["first.seconds"],
@@ -268,25 +269,33 @@ class Observing:
             "same.parts_per_s": found["same.parts"] / found["same.seconds"],
             "same.cpu_us_per_part": found["same.cpu_s"] / found["same.parts"] * 1e6,
             "foreign_cores": seen.foreign_cores,
+            **checked,
         }
 
-    def _check(self, redis: Redis, found: Mapping[str, float]) -> None:
-        """Fold the streams of a few tenants and compare with the truth; the second time nothing may have changed."""
+    def _check(self, redis: Redis, found: Mapping[str, float]) -> Sample:
+        """Fold the streams of a few tenants, or of all, and compare with the truth; tell how much a checked run saw.
+
+        The second time nothing may have changed.
+        """
         if found["same.quiet"] != found["same.parts"]:
             raise WrongResultError(f"{found['same.parts'] - found['same.quiet']:.0f} unchanged parts were not quiet")
-        followed = self.tenants[:: max(1, len(self.tenants) // FOLLOWED)]
+        followed = self.tenants[:: 1 if self.stage.checked else max(1, len(self.tenants) // FOLLOWED)]
         folders = {str(t.connector_id).encode(): Folder() for t in followed}
+        observations = events = 0
         for partition in range(PARTITIONS):
             entries: list[Any] = redis.xrange(stream_key(partition)) or []
             for _, fields in entries:
                 folder = folders.get(fields[b"connector"])
-                if folder and (observation := folder.read(fields)) and not folder.fits(observation):
-                    raise WrongResultError("the stream has a break")
+                if folder and (observation := folder.read(fields)):
+                    observations, events = observations + 1, events + len(observation[3])
+                    if not folder.fits(observation):
+                        raise WrongResultError("the stream has a break")
         for tenant in followed:
             state = folders[str(tenant.connector_id).encode()].state()
             truth = of_truth(self.simulator.truth(tenant.workspace), state.usage)
             if state.records != truth.records or state.usage != truth.usage:
                 raise WrongResultError(f"the stream of {tenant.workspace} is not what is true")
+        return looked_at(observations=observations, events=events) if self.stage.checked else {}
 
     def stream(self) -> Sample:
         """Move as much through a raw stream."""

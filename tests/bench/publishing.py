@@ -18,12 +18,13 @@ from schemas.events import Op
 from schemas.records import Listing
 from tests.bench import observing, samples
 from tests.bench.apart import Figures, Go, run_apart
-from tests.bench.case import Case, Sample, Side
+from tests.bench.case import Case, Sample, Side, joined
+from tests.bench.history import looked_at
 from tests.bench.samples import Size
 from tests.bench.stage import Stage, WrongResultError
 from worker import memory
 from worker.changes import Change
-from worker.entries import Entry, Report, assemble, batches
+from worker.entries import Entry, Observation, Report, assemble, batches
 from worker.packing import pack
 from worker.plan import partition_of
 from worker.ports import Base, Publication, Target
@@ -38,10 +39,10 @@ _FIELDS = ("user_id", "email", "first_name", "seat_type", "is_owner", "is_locked
 
 async def publish_all(asked: dict[str, Any], go: Go) -> Figures:
     """Publish the first listing of every connector: `redis_url`, `size`; give seconds and events."""
-    listings: dict[Target, Listing] = {}
-    for tenant, connector, *values, _ in samples.member_rows(Size(**asked["size"]), NUMBER):
-        target = Target(connector, tenant, "", "", partition_of(connector, observing.PARTITIONS))
-        listings.setdefault(target, {})[f"member/{values[0]}"] = dict(zip(_FIELDS, values, strict=True))
+    listings = {
+        Target(connector, tenant, "", "", partition_of(connector, observing.PARTITIONS)): listing
+        for (connector, tenant), listing in _listings(Size(**asked["size"])).items()
+    }
     found = {
         target: [Change(subject, Op.CREATED, None, record, ()) for subject, record in listing.items()]
         for target, listing in listings.items()
@@ -67,6 +68,14 @@ async def publish_all(asked: dict[str, Any], go: Go) -> Figures:
     return {"seconds": seconds, "events": sum(map(len, found.values()))}
 
 
+def _listings(size: Size) -> dict[tuple[UUID, str], Listing]:
+    """Give what is to be published, by connector and tenant."""
+    found: dict[tuple[UUID, str], Listing] = {}
+    for tenant, connector, *values, _ in samples.member_rows(size, NUMBER):
+        found.setdefault((connector, tenant), {})[f"member/{values[0]}"] = dict(zip(_FIELDS, values, strict=True))
+    return found
+
+
 def _entries(target: Target, changes: Sequence[Change], at: datetime) -> list[Entry]:
     return batches(
         changes,
@@ -89,7 +98,7 @@ class Publishing:
 
     def product(self) -> Sample:
         """Publish both, and read back what stands in the streams."""
-        return {n: v for what in SIZES for n, v in self._step(what).items()}
+        return joined(self._step(what) for what in SIZES)
 
     def _step(self, what: str) -> Sample:
         size = (QUICK_SIZES if self.stage.quick else SIZES)[what]
@@ -98,14 +107,16 @@ class Publishing:
             asked = {"redis_url": place.redis_url, "size": asdict(size)}
             found, seen = run_apart("tests.bench.publishing:publish_all", asked, servers=self.stage.servers)
             with place.redis() as redis:
-                stood: dict[UUID, int] = {}
+                stood: list[Observation] = []
                 for partition in range(observing.PARTITIONS):
                     rows: list[Any] = redis.xrange(stream_key(partition)) or []
-                    for one in assemble([Entry(fields, entry_id.decode()) for entry_id, fields in rows]).whole:
-                        stood[one.connector_id] = len({event["subject"] for event in one.events})
-        if stood != {samples.connector_id(n): size.members for n in range(size.connectors)}:
+                    stood += assemble([Entry(fields, entry_id.decode()) for entry_id, fields in rows]).whole
+        told = {one.connector_id: {event["subject"]: event["data"]["after"] for event in one.events} for one in stood}
+        if told != {connector: listing for (connector, _), listing in _listings(size).items()}:
             raise WrongResultError("the streams do not hold what was published")
+        events = sum(len(one.events) for one in stood)
         return {
+            **(looked_at(observations=len(stood), events=events) if self.stage.checked else {}),
             f"{what}.events_per_s": found["events"] / found["seconds"],
             **seen.cpu_per(found["events"], scale=1e6, prefix=f"{what}.cpu_us_per_event"),
             f"{what}.foreign_cores": seen.foreign_cores,

@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from tests.bench.case import Sample
+from tests.bench.case import HISTORY, Sample, joined
 
 Spread = dict[str, float]
 """`median`, `min` and `max`."""
@@ -86,6 +86,16 @@ def show(result: Mapping[str, Any], console: Console) -> None:
     loaded = f", load average {min(loads):.1f} to {max(loads):.1f}" if loads else ""
     rounds = max(len(found) for found in result["samples"].values())
     console.print(f"[dim]{rounds} rounds in {result['minutes']} minutes{loaded}[/dim]")
+    if result["identity"]["checked"] and result["complete"]:
+        console.print(
+            f"history checked: {_looked_at(result['samples'])}, no violation; its figures compare with no others"
+        )
+
+
+def _looked_at(samples: Mapping[str, Sequence[Sample]]) -> str:
+    """Add up what was checked in all rounds of all sides."""
+    counts = joined(one for rounds in samples.values() for one in rounds)
+    return ", ".join(f"{n:,} {name.removeprefix(HISTORY)}" for name, n in counts.items() if name.startswith(HISTORY))
 
 
 def _group(name: str) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 import psycopg
 import redis
 
-from tests.bench.case import Case, Sample
+from tests.bench.case import FLOORS, HISTORY, Case, Sample, Side
 from tests.bench.report import summary
 from tests.bench.stage import Stage, WrongResultError, opened
 from tests.fixtures.simulator import ControlError
@@ -38,6 +38,7 @@ class Plan:
     cases: Sequence[Case]
     rounds: int
     quick: bool
+    checked: bool
     out: Path
     anew: bool
     """Measure even what is on disk already."""
@@ -45,7 +46,12 @@ class Plan:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """What a kept result must have in common with this run to stand for it."""
-        return {"rounds": self.rounds, "quick": self.quick, "source": source_digest()}
+        return {
+            "rounds": self.rounds,
+            "quick": self.quick,
+            "checked": self.checked,
+            "source": source_digest(),
+        }
 
     def kept(self, case: Case) -> Result:
         """Read what an earlier run of the same source has measured, or begin with nothing."""
@@ -110,7 +116,7 @@ def run(plan: Plan, *, note: Note, done: Callable[[Mapping[str, Any]], None]) ->
         stage: Stage | None = None
         for case in plan.cases:
             if not results[case.name]["complete"]:
-                stage = stage or stack.enter_context(opened(quick=plan.quick, note=note))
+                stage = stage or stack.enter_context(opened(quick=plan.quick, checked=plan.checked, note=note))
                 results[case.name] = _measure(case, plan, stage, results[case.name], note=note)
             done(results[case.name])
     found = list(results.values())
@@ -142,16 +148,24 @@ def _measure(case: Case, plan: Plan, stage: Stage, kept: Result, *, note: Note) 
     try:
         note(f"{case.name}: preparing")
         with case.prepare(stage) as sides:
+            names = [name for name in sides if not (plan.checked and name in FLOORS)]
             for number in range(plan.rounds):
                 # Every other round goes backwards, so that a drift of the machine favours nobody.
-                for name in list(sides) if number % 2 == 0 else reversed(list(sides)):
+                for name in names if number % 2 == 0 else reversed(names):
                     measured = samples.setdefault(name, [])
                     if len(measured) > number:
                         continue
                     note(f"{case.name}: {name}, round {number + 1} of {plan.rounds}")
-                    measured.append(sides[name]())
+                    measured.append(_sample(sides[name], checked=plan.checked))
                     loads.append(os.getloadavg()[0])
                     keep(complete=False)
     except (WrongResultError, ControlError, OSError, psycopg.Error, redis.RedisError) as failed:
         error = f"{type(failed).__name__}: {failed}"
     return keep(complete=not error)
+
+
+def _sample(side: Side, *, checked: bool) -> Sample:
+    sample = side()
+    if checked and not sample.get(HISTORY + "events"):
+        raise WrongResultError("no history was checked")
+    return sample

@@ -56,12 +56,17 @@ class Place:
 
 @dataclass(slots=True)
 class Stage:
-    """What every case stands on. `note` tells the onlooker what is going on; `quick` asks for small sizes."""
+    """What every case stands on.
+
+    `quick` asks for small sizes, `checked` for a history that is witnessed and checked. `note` tells the onlooker
+    what is going on.
+    """
 
     stack: EmbeddedStack
     folder: Path
     ring: SecretStr
     quick: bool
+    checked: bool
     note: Callable[[str], None]
 
     @contextmanager
@@ -95,7 +100,7 @@ class Stage:
 
 
 @contextmanager
-def opened(*, quick: bool, note: Callable[[str], None]) -> Iterator[Stage]:
+def opened(*, quick: bool, checked: bool, note: Callable[[str], None]) -> Iterator[Stage]:
     """Bring up the servers in a folder of their own, and leave nothing of them behind."""
     folder = Path(tempfile.mkdtemp(prefix="rollcall-bench-"))
     stack = EmbeddedStack(folder / "stack")
@@ -103,7 +108,7 @@ def opened(*, quick: bool, note: Callable[[str], None]) -> Iterator[Stage]:
         note("starting servers")
         stack.start()
         make_template(stack.postgres, TEMPLATE, migrate)
-        yield Stage(stack, folder, SecretStr(Vault.generate_key("bench")), quick, note)
+        yield Stage(stack, folder, SecretStr(Vault.generate_key("bench")), quick, checked, note)
     finally:
         stack.stop()
         stack.delete()

@@ -16,6 +16,8 @@ from schemas.connectors import Dataset, RunKind, Status
 from tests.bench.apart import run_apart
 from tests.bench.case import Case, Sample, Side
 from tests.bench.crew import crew
+from tests.bench.history import History, told_by, witnessed
+from tests.bench.runs import await_runs, make_due
 from tests.bench.stage import Database, Place, Stage, WrongResultError
 from tests.bench.sync import memory
 from tests.bench.tenants import Shape, Tenant, populate, register, warm
@@ -62,6 +64,7 @@ class Steady:
     place: Place
     size: Size
     workspaces: Sequence[Tenant]
+    history: History
 
     def polls(self, settings: Mapping[str, object]) -> Sample:
         """Let the product poll; count what it finishes in the time measured."""
@@ -81,6 +84,7 @@ class Steady:
                 team.check()
                 polls = self._polled(database, began, ended)
             snapshots = memory(client, self.size.connectors)["redis_bytes_per_connector.snapshots"]
+            checked = self.history.verdict()
         seconds = (ended - began).total_seconds()
         return {
             "polls_per_s": polls / seconds,
@@ -90,6 +94,7 @@ class Steady:
             "foreign_cores": seen.foreign_cores,
             **seen.peaks(),
             "redis_bytes_per_connector.snapshots": snapshots,
+            **checked,
         }
 
     def floor(self) -> Sample:
@@ -158,13 +163,13 @@ def _spread(database: Database, size: Size) -> None:
     )
 
 
-def _prime(place: Place, ring: SecretStr, simulator: Simulator, size: Size, workspaces: Sequence[Tenant]) -> None:
+def _prime(place: Place, stage: Stage, simulator: Simulator, size: Size, workspaces: Sequence[Tenant]) -> None:
     """Write connectors and snapshots as a first sync and a poll would leave them, without syncing each."""
     tenants = [
         replace(workspaces[n % size.workspaces], id=f"tenant-{n}", connector_id=uuid4()) for n in range(size.connectors)
     ]
     with place.database() as database:
-        register(database, ring, simulator.url, tenants, poll_interval_s=size.interval_s)
+        register(database, stage.ring, simulator.url, tenants, poll_interval_s=size.interval_s)
         database.execute(
             "UPDATE rollcall.connectors SET status = 'connected', backfilled_at = now(), reconciled_at = now(),"
             " last_polled_at = now(), last_synced_at = now()"
@@ -175,6 +180,17 @@ def _prime(place: Place, ring: SecretStr, simulator: Simulator, size: Size, work
         )
         (meta,) = database.execute("SELECT partitions FROM rollcall.meta").fetchall()
     asyncio.run(_snapshots(place, simulator, tenants, meta["partitions"], size))
+
+
+def _sync(place: Place, stage: Stage, simulator: Simulator, size: Size, workspaces: Sequence[Tenant]) -> None:
+    """Bring connectors there by syncing each, since a witness knows only what it saw: a first sync, and a poll."""
+    with place.database() as database:
+        register(database, stage.ring, simulator.url, workspaces)
+        with crew(stage, place, database, settings={"dispatch_interval_s": 1}) as team:
+            for kind in ("backfill", "poll"):
+                since = make_due(database, kind)
+                await_runs(database, team, since, kind=kind, connectors=len(workspaces))
+        database.execute("UPDATE rollcall.connectors SET poll_interval_s = %s", [size.interval_s])
 
 
 async def _snapshots(
@@ -224,19 +240,43 @@ async def _answers(provider: Client, url: str, tenant: Tenant) -> dict[Dataset, 
     return found
 
 
+def _size(stage: Stage) -> Size:
+    if stage.checked:  # few, and each with a workspace of its own: they are really synced
+        few = 20 if stage.quick else 200
+        return Size(few, few, warmup_s=2.0, seconds=4.0 if stage.quick else 20.0, interval_s=1)
+    return Size(200, 20, warmup_s=2.0, seconds=4.0, interval_s=4) if stage.quick else Size()
+
+
+@contextmanager
+def _steady(stage: Stage, simulator: Simulator, size: Size, workspaces: Sequence[Tenant]) -> Iterator[Steady]:
+    """Have connectors in a fresh place that are as their last poll left them."""
+    simulator.latency(0)
+    with stage.fresh() as place, witnessed(stage, place, told_by(simulator)) as history:
+        stage.note(f"{size.connectors} connectors: preparing")
+        history.note(workspaces)
+        (_sync if stage.checked else _prime)(place, stage, simulator, size, workspaces)
+        simulator.latency(LATENCY_MS)
+        yield Steady(stage, simulator, place, size, workspaces, history)
+
+
 @contextmanager
 def _prepare(stage: Stage) -> Iterator[Mapping[str, Side]]:
-    size = Size(200, 20, warmup_s=2.0, seconds=4.0, interval_s=4) if stage.quick else Size()
+    size = _size(stage)
     defaults: Mapping[str, object] = {"dispatch_interval_s": 1} if stage.quick else {}
     shape = Shape(size.workspaces, members=20, service_accounts=2, keys_per_account=3, usage_rows_per_day=8)
-    with stage.simulator() as simulator, stage.fresh() as place:
+    with stage.simulator() as simulator:
         workspaces = populate(simulator, shape)
         warm(simulator, workspaces, POLL_DAYS)
-        stage.note(f"writing {size.connectors} connectors")
-        _prime(place, stage.ring, simulator, size, workspaces)
-        simulator.latency(LATENCY_MS)
-        made = Steady(stage, simulator, place, size, workspaces)
-        yield {"defaults": lambda: made.polls(defaults), "tuned": lambda: made.polls(TUNED), "floor": made.floor}
+
+        def apart(settings: Mapping[str, object]) -> Sample:
+            with _steady(stage, simulator, size, workspaces) as made:
+                return made.polls(settings)
+
+        if stage.checked:  # a history of its own for each
+            yield {"defaults": lambda: apart(defaults), "tuned": lambda: apart(TUNED)}
+            return
+        with _steady(stage, simulator, size, workspaces) as made:
+            yield {"defaults": lambda: made.polls(defaults), "tuned": lambda: made.polls(TUNED), "floor": made.floor}
 
 
 CASE = Case(

@@ -12,6 +12,7 @@ import redis
 from tests.bench.apart import run_apart
 from tests.bench.case import Case, Sample, Side
 from tests.bench.crew import await_middle_of_tick, crew
+from tests.bench.history import told_by, witnessed
 from tests.bench.runs import await_runs, make_due
 from tests.bench.stage import Place, Stage
 from tests.bench.tenants import (
@@ -77,13 +78,20 @@ class World:
     def product(self, steps: Sequence[Step], tick_s: float = TICK_S) -> Sample:
         """Sync by worker, writer and beat."""
         sample: Sample = {}
-        with self.stage.fresh() as place, place.database() as database, place.redis() as client:
+        with (
+            self.stage.fresh() as place,
+            place.database() as database,
+            place.redis() as client,
+            witnessed(self.stage, place, told_by(self.simulator)) as history,
+        ):
             register(database, self.stage.ring, self.simulator.url, self.tenants)
+            history.note(self.tenants)
             with crew(self.stage, place, database, settings={"dispatch_interval_s": tick_s}) as team:
                 sample |= self._idle({**team.pids, **self.stage.servers})
                 for step in steps:
                     self.stage.note(f"{len(self.tenants)} tenants: {step.name}")
-                    self.prepare(step)
+                    with history.changing(self.tenants):
+                        self.prepare(step)
                     self.stage.settle(place)
                     await_middle_of_tick(database, tick_s)
                     with Watch({**team.pids, **self.stage.servers}) as seen:
@@ -97,6 +105,7 @@ class World:
                     sample[f"{step.name}.changes"] = done.changes
                     if step is FIRST:
                         sample |= memory(client, len(self.tenants))
+            sample |= history.verdict()
         return sample
 
     def floor(self, steps: Sequence[Step]) -> Sample:

@@ -20,6 +20,7 @@ from tasks.app import configure, send_sync
 from tests.bench.case import Case, Sample, Side
 from tests.bench.crew import Crew, await_middle_of_tick, crew
 from tests.bench.floors import streams
+from tests.bench.history import History, told_by, witnessed
 from tests.bench.runs import await_runs, make_due
 from tests.bench.stage import Database, Place, Stage, WrongResultError
 from tests.bench.tenants import BACKFILL_DAYS, POLL_DAYS, Shape, Tenant, populate, register, warm
@@ -143,6 +144,7 @@ class Probing:
     probe: Tenant
     member: str
     seen: Seen
+    history: History
     sent: int = 0
 
     async def once(self) -> tuple[float, float]:
@@ -150,7 +152,8 @@ class Probing:
         self.sent += 1
         mark = f"mark.{self.sent}"
         change = {"op": "member_update", "user_id": self.member, "email": f"{mark}@probe.example"}
-        self.simulator.mutate(self.probe.workspace, change)
+        with self.history.changing([self.probe]):
+            self.simulator.mutate(self.probe.workspace, change)
         run_id = uuid4()
         self.database.execute(
             "INSERT INTO rollcall.sync_runs (id, connector_id, tenant_id, kind, requested_by, status)"
@@ -185,19 +188,25 @@ class Visible:
 
     def product(self) -> Sample:
         """Follow changes while nothing else goes on, then while the herd has its first sync."""
-        with self.stage.fresh() as place, place.database() as database:
+        with (
+            self.stage.fresh() as place,
+            place.database() as database,
+            witnessed(self.stage, place, told_by(self.simulator)) as history,
+        ):
             settings = Settings(database_url=SecretStr(place.database_url), redis_url=SecretStr(place.redis_url))
             configure(settings)
             ticking = {"dispatch_interval_s": self.tick_s}
             with crew(self.stage, place, database, settings=ticking) as team, Watch({}) as seen:
-                found = asyncio.run(self._follow(place, database, team))
+                found = asyncio.run(self._follow(place, database, team, history))
+            found |= history.verdict()
         return {**found, "foreign_cores": seen.foreign_cores}
 
-    async def _follow(self, place: Place, database: Database, team: Crew) -> Sample:
+    async def _follow(self, place: Place, database: Database, team: Crew, history: History) -> Sample:
         seen = Seen()
         partition = partition_of(self.probe.connector_id, 4)
         async with _tap(self.simulator, seen) as url, asyncio.TaskGroup() as group:
             register(database, self.stage.ring, url, [self.probe])
+            history.note([self.probe])
             since = make_due(database, "backfill")
             await asyncio.to_thread(await_runs, database, team, since, kind="backfill", connectors=1)
             tasks = [
@@ -206,7 +215,7 @@ class Visible:
             ]
             await asyncio.sleep(0.5)
             member = self.simulator.truth(self.probe.workspace)["members"][1]["user_id"]
-            probing = Probing(self.simulator, database, self.probe, member, seen)
+            probing = Probing(self.simulator, database, self.probe, member, seen, history)
             self.stage.note("following changes, idle")
             sample = _percentiles("idle", [await probing.once() for _ in range(10 if self.stage.quick else PROBES)])
             sample |= await self._busy(database, team, probing)
@@ -218,6 +227,7 @@ class Visible:
     async def _busy(self, database: Database, team: Crew, probing: Probing) -> Sample:
         self.stage.note("following changes while a backfill runs")
         register(database, self.stage.ring, self.simulator.url, self.herd)
+        probing.history.note(self.herd)
         await asyncio.to_thread(await_middle_of_tick, database, self.tick_s)
         database.execute(
             "UPDATE rollcall.connectors SET next_sync_at = now() WHERE id <> %s", [self.probe.connector_id]

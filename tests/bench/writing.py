@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from itertools import groupby
@@ -18,12 +19,14 @@ from schemas.connectors import Dataset
 from schemas.events import Op
 from tests.bench import samples
 from tests.bench.apart import run_apart
-from tests.bench.case import Case, Sample, Side
+from tests.bench.case import Case, Sample, Side, joined
 from tests.bench.crew import Crew, crew
+from tests.bench.history import witnessed
 from tests.bench.samples import Size
 from tests.bench.stage import Database, Place, Stage, WrongResultError
 from tests.bench.tenants import Tenant, register
 from tests.bench.watch import Watch
+from tests.fixtures.evidence import Values
 from worker.changes import Change
 from worker.entries import Report, batches
 from worker.folding import LOCK_CLASS
@@ -37,6 +40,7 @@ SIZES = {"usage": Size(connectors=60), "members": Size(connectors=500)}
 QUICK_SIZES = {"usage": Size(connectors=3), "members": Size(connectors=25)}
 LIMIT_S = 600.0
 LOOK_S = 0.01
+_FIELDS = ("user_id", "email", "first_name", "seat_type", "is_owner", "is_locked")
 _DATASETS = {
     "usage": (Dataset.USAGE_PRODUCT, Dataset.USAGE_MEMBER, Dataset.USAGE_API_KEY),
     "members": (Dataset.MEMBERS,),
@@ -54,19 +58,34 @@ def _usage_changes(size: Size, version: int) -> Changes:
         named = [{"key": r[4], "label": r[6], "unit": r[5], "amount": str(r[7])} for r in rows]
         named.sort(key=itemgetter("key"))
         record = usage_day(dimension, day.isoformat(), named, settled=True)
-        change = Change(f"usage/{dimension}/{day}", Op.CREATED, None, record, ())
+        op = Op.CREATED if version == 1 else Op.UPDATED
+        change = Change(f"usage/{dimension}/{day}", op, None, record, ())
         found.setdefault((connector, tenant, Dataset(f"usage.{dimension}")), []).append(change)
     return found
 
 
 def _member_changes(size: Size, version: int) -> Changes:
-    fields = ("user_id", "email", "first_name", "seat_type", "is_owner", "is_locked")
     found: Changes = {}
-    for tenant, connector, *values, _ in samples.member_rows(size, version):
-        record = dict(zip(fields, values, strict=True))
-        before = None if version == 1 else record
-        change = Change(f"member/{record['user_id']}", Op.UPDATED if before else Op.CREATED, before, record, ())
+    rows, earlier = (samples.member_rows(size, number) for number in (version, version - 1))
+    for (tenant, connector, *values, _), (_, _, *old, _) in zip(rows, earlier, strict=True):
+        record = dict(zip(_FIELDS, values, strict=True))
+        subject = f"member/{record['user_id']}"
+        change = Change(subject, Op.CREATED, None, record, ())
+        if version > 1:
+            change = Change(subject, Op.UPDATED, dict(zip(_FIELDS, old, strict=True)), record, ("email",))
         found.setdefault((connector, tenant, Dataset.MEMBERS), []).append(change)
+    return found
+
+
+def _true(what: str, size: Size, version: int) -> dict[str, Values]:
+    """Tell what is so of every connector at a version."""
+    found: dict[str, Values] = defaultdict(dict)
+    if what == "usage":
+        for _, connector, dimension, day, key, unit, _, amount, _ in samples.usage_rows(size, version):
+            found[str(connector)].setdefault(f"usage/{dimension}/{day}", {})[key, unit] = amount
+    else:
+        for _, connector, *values, _ in samples.member_rows(size, version):
+            found[str(connector)][f"member/{values[0]}"] = dict(zip(_FIELDS, values, strict=True))
     return found
 
 
@@ -84,9 +103,16 @@ class Filled:
     what: str
     size: Size
     partitions: int
+    began: dict[int, datetime] = field(default_factory=dict)
+    """When each version was first published: a repeat is the same to the byte."""
+
+    def number(self, version: int) -> int:
+        """Give the number of the parts that tell of a version, as the ledger would: microseconds."""
+        return int(self.began[version].timestamp() * 1e6) if version else 0
 
     def fill(self, version: int, *, repeat: bool) -> None:
         """Publish every connector's observations of a version; with `repeat` they were applied already."""
+        began = self.began.setdefault(version, datetime.now(UTC))
         changes = _CHANGES[self.what](self.size, version)
         if not repeat:
             self._open_parts(list(changes), version)
@@ -97,10 +123,10 @@ class Filled:
                     tenant_id=tenant,
                     connector_id=connector,
                     dataset=dataset,
-                    base=version - 1,
-                    sequence=version,
+                    base=self.number(version - 1),
+                    sequence=self.number(version),
                     part_id=_part(connector, dataset, version),
-                    began=datetime.now(UTC),
+                    began=began,
                     report=Report(run_id=_run(connector, version), records=len(found), changes=len(found)),
                 )
                 for entry in entries:
@@ -111,6 +137,7 @@ class Filled:
     def _open_parts(self, keys: Sequence[tuple[UUID, str, Dataset]], version: int) -> None:
         """Write the ledger as fetchers leave it: one running part of each dataset, published."""
         runs = {connector: tenant for connector, tenant, _ in keys}
+        number = self.number(version)
         today = datetime.now(UTC).date()
         first = today - timedelta(days=self.size.days - 1)
         with self.database.cursor() as cursor:
@@ -123,12 +150,12 @@ class Filled:
                 "INSERT INTO rollcall.sync_parts (id, run_id, connector_id, kind, dataset, window_start, window_end,"
                 " status, claimed, published_at, lease_until)"
                 " VALUES (%s, %s, %s, 'backfill', %s, %s, %s, 'running', %s, now(), now() + interval '1 hour')",
-                [(_part(c, d, version), _run(c, version), c, d, *_window(d, first), version) for c, _, d in keys],
+                [(_part(c, d, version), _run(c, version), c, d, *_window(d, first), number) for c, _, d in keys],
             )
         self.database.execute(
             "UPDATE rollcall.connector_access SET claimed = %s, lease_until = now() + interval '1 hour'"
             " WHERE dataset = ANY(%s)",
-            [version, [str(d) for d in _DATASETS[self.what]]],
+            [number, [str(d) for d in _DATASETS[self.what]]],
         )
 
     def await_folded(self, team: Crew) -> None:
@@ -170,7 +197,7 @@ class Filled:
             wanted = {"rows": self.size.member_rows, "mails": self.size.member_rows}
         query = f"SELECT count(*) AS rows, min(version) AS least, max(version) AS most, {extra} FROM rollcall.{table}"  # noqa: S608 - constants
         (found,) = self.database.execute(query).fetchall()
-        wanted |= {"least": version, "most": version}
+        wanted |= dict.fromkeys(("least", "most"), self.number(version))
         (runs,) = self.database.execute(
             "SELECT count(*) FILTER (WHERE status <> 'succeeded') AS bad FROM rollcall.sync_runs"
         ).fetchall()
@@ -201,17 +228,26 @@ def _held(place: Place, partitions: int) -> Iterator[None]:
 
 def _product(stage: Stage, what: str, size: Size) -> Sample:
     sample: Sample = {}
-    with stage.fresh() as place, place.database() as database, place.redis() as redis:
+    version = 1
+    with (
+        stage.fresh() as place,
+        place.database() as database,
+        place.redis() as redis,
+        witnessed(stage, place, lambda _: _true(what, size, version)) as history,
+    ):
         (meta,) = database.execute("SELECT partitions FROM rollcall.meta").fetchall()
         made = Filled(stage, place, database, redis, what, size, meta["partitions"])
         tenants = [
             Tenant(f"tenant-{n}", samples.connector_id(n), f"w{n}", "no-key-is-used") for n in range(size.connectors)
         ]
         register(database, stage.ring, "http://127.0.0.1:9", tenants)
+        history.note(tenants)
         with crew(stage, place, database, settings={}, roles=["writer"]) as team:
             for phase in PHASES:
-                version = 1 if phase == "fresh" else 2
                 stage.note(f"writer alone: {what}, {phase}")
+                if phase == "update":
+                    with history.changing(tenants):
+                        version = 2
                 with ExitStack() as held:
                     held.enter_context(_held(place, made.partitions))
                     made.fill(version, repeat=phase == "repeat")
@@ -220,6 +256,7 @@ def _product(stage: Stage, what: str, size: Size) -> Sample:
                         made.await_folded(team)
                 made.check(version)
                 sample |= _figures(what, phase, size, seen.seconds, seen)
+        sample |= history.verdict()
     return sample
 
 
@@ -250,8 +287,8 @@ def _figures(what: str, phase: str, size: Size, seconds: float, seen: Watch) -> 
 def _prepare(stage: Stage) -> Iterator[Mapping[str, Side]]:
     sizes = QUICK_SIZES if stage.quick else SIZES
 
-    def both(measure: object) -> Side:
-        return lambda: {n: v for what, size in sizes.items() for n, v in measure(stage, what, size).items()}  # type: ignore[operator] # one of two functions
+    def both(measure: Callable[[Stage, str, Size], Sample]) -> Side:
+        return lambda: joined(measure(stage, what, size) for what, size in sizes.items())
 
     yield {"writer": both(_product), "floor": both(_floor)}
 

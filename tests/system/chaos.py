@@ -217,8 +217,7 @@ def _settle(deployment: Deployment, report: Report) -> None:
     told = len(deployment.reader.said)
     time.sleep(QUIET_S)
     deployment.reader.drain()
-    late = read(deployment.reader.said[told:]).observations
-    events = [event for told_of in late.values() for one in told_of.values() for event in one.events]
+    events = [event for one in read(deployment.reader.said[told:]).once() for event in one.events]
     # Labels of settled days are mended by the next reconcile, whenever that comes.
     report.events_when_quiet = sum(not event["data"].get("settled", False) for event in events)
 
@@ -236,7 +235,7 @@ def _all_polled(deployment: Deployment, since: datetime) -> bool:
 def _conclude(deployment: Deployment, report: Report) -> None:
     evidence = deployment.evidence()
     report.violations = [asdict(violation) for violation in check(evidence)]
-    observations = [one for told_of in read(evidence.said).observations.values() for one in told_of.values()]
+    observations = read(evidence.said).once()
     report.observations, report.events = len(observations), sum(len(one.events) for one in observations)
     for row in deployment.rows(
         "SELECT kind || ' ' || status AS what, count(*) AS n FROM rollcall.sync_runs GROUP BY 1"

@@ -21,7 +21,6 @@ from tests.fixtures.evidence import Evidence, Truth, Values
 from tests.fixtures.processes import Process, Role, running
 from tests.fixtures.proxy import Proxy
 from tests.fixtures.simulator import Simulator, start_simulator
-from tests.fixtures.states import of_truth
 from tests.fixtures.witness import Connection, Reader
 from worker import connectors
 from worker.dev.server import Server
@@ -102,10 +101,8 @@ class Deployment:
     def note_truth(self, name: str, *, began: float) -> None:
         """Take note of what is true of a workspace since a change that was begun then."""
         days = [self.today - timedelta(days=n) for n in range(BACKFILL_DAYS)]
-        told = self.simulator.truth(name, first=min(days).isoformat())
-        covered = [f"usage/{dimension}/{day}" for dimension in told["usage"] for day in days]
-        state = of_truth(told, covered)
-        self.truths[self.connectors[name]].add(witness.values_of(state), began=began, done=time.time())
+        values = witness.true_values(self.simulator.truth(name, first=min(days).isoformat()), days)
+        self.truths[self.connectors[name]].add(values, began=began, done=time.time())
 
     def look(self) -> Connection:
         """Open a connection to the database past the proxy; the caller closes it."""
@@ -135,22 +132,8 @@ class Deployment:
 
     def evidence(self) -> Evidence:
         """Collect all accounts; the tables must agree with the truth, as they do once things are quiet."""
-        with self.look() as connection, connection.transaction():
-            connection.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ")
-            found = Evidence(
-                truths=self.truths,
-                steps=witness.steps(connection),
-                writes=witness.writes(connection),
-                closes=witness.closes(connection),
-                moves=witness.moves(connection),
-                values=witness.values(connection),
-                versions=witness.versions(connection),
-                announced=witness.announced(connection),
-                recent=(self.today - timedelta(days=LOOKBACK_DAYS - 1)).isoformat(),
-            )
-        self.reader.drain()  # after the tables: what they show was said before
-        found.said = list(self.reader.said)
-        return found
+        recent = self.today - timedelta(days=LOOKBACK_DAYS - 1)
+        return witness.collect(self.database, self.reader, self.truths, recent=recent.isoformat())
 
 
 @contextmanager

@@ -267,6 +267,8 @@ def test_every_target_is_listed_and_knows_its_options(elsewhere: Path) -> None:
         assert make(elsewhere, "--dry-run", target, "VENV=an other/venv").returncode == 0
     assert make(elsewhere, "--dry-run", "demo", "KEEP=1").stdout.endswith('".venv/bin"/rollcall demo --keep\n')
     assert make(elsewhere, "--dry-run", "bench", "CASE=sync").stdout.endswith("-m tests.bench sync\n")
+    checked = make(elsewhere, "--dry-run", "bench", "CASE=sync", "CHECK=1").stdout
+    assert checked.endswith("-m tests.bench --check sync\n")
     chaos = make(elsewhere, "--dry-run", "chaos", "SEED=7", "DURATION=60").stdout
     assert chaos.endswith('-m tests.system.chaos --seed "7" --duration "60"\n')
 
