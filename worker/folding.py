@@ -32,8 +32,8 @@ HANDS = 2
 BLOCK_MS = 200
 """How long an idle hand waits for news; announcements without events wait as long."""
 MAX_PAUSE_S = 5.0
-REST, MAX_REST_S = 3.0, 0.1
-"""Between two small batches, as many times as long as the last one took; the first of them never waits."""
+MAX_REST_S = 0.1
+"""Between two small batches; the first of them never waits."""
 
 Advance = Callable[[Sequence[UUID]], Awaitable[None]]
 
@@ -136,8 +136,9 @@ class Writer:
                 if not found or (now >= until and not any(turn.large for turn in turns)):
                     return worked
                 if not any(turn.ahead for turn in turns):
-                    # No backlog. Small batches cost a transaction each: what comes meanwhile makes the next one larger.
-                    await self._rest(min(REST * (now - began), MAX_REST_S))
+                    # No backlog. Small batches cost a transaction each: what comes meanwhile makes the next one larger,
+                    # and where several entries came at once more are on their way.
+                    await self._rest(min(found * (now - began), MAX_REST_S))
         finally:
             await _unlock(connection, partitions)
         return worked
