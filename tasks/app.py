@@ -159,13 +159,15 @@ def waiting_messages(names: Sequence[str]) -> dict[str, int]:
 
     """
     counts = {}
+    queues = {name: app.amqp.queues[name] for name in names}
+    # Once connected, kombu lets its driver's own errors through.
+    away = (OperationalError, *app.connection_for_write().connection_errors)
     try:
         with app.pool.acquire(block=True, timeout=SOCKET_TIMEOUT_S) as connection:
             connection.ensure_connection(max_retries=1, timeout=SOCKET_TIMEOUT_S)
-            for name in names:
+            for name, queue in queues.items():
                 # Declared, not only looked for: an empty queue of Redis does not exist.
-                queue = app.amqp.queues[name].bind(connection.default_channel)
-                counts[name] = queue.queue_declare().message_count
-    except (OperationalError, OSError) as error:
+                counts[name] = queue.bind(connection.default_channel).queue_declare().message_count
+    except away as error:
         raise TryLater("broker_unreachable", f"The broker does not answer ({type(error).__name__}).") from error
     return counts

@@ -9,7 +9,8 @@ lanes, and settled together. Nothing here opens a connection: the ports do.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from uuid import UUID
 
@@ -29,7 +30,8 @@ FULL_WAIT_S = 15.0
 TOGETHER_S = 0.5
 """Connectors that end within so long of each other are settled in one transaction: what it costs is mostly its own.
 
-What was published is in the stream already, so nobody sees it any later."""
+What was published is in the stream already, so nobody sees it any later. What did not change is closed later by that
+much, if another connector of the message goes on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,28 +84,40 @@ async def _connectors(claims: Sequence[Claim], ports: Ports, done: set[UUID]) ->
     failures: list[Exception] = []
     async with asyncio.TaskGroup() as group:
         asking = {group.create_task(_connector(some, heads, ports, done)) for some in connectors.values()}
-        while asking:
-            ended, asking = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
-            if asking:
-                soon, asking = await asyncio.wait(asking, timeout=TOGETHER_S)
-                ended |= soon
-            found: list[Result] = []
-            for task in ended:
-                outcome = task.result()
-                if isinstance(outcome, Exception):
-                    failures.append(outcome)
-                else:
-                    found += outcome
-            try:
-                await _settle(found, ports, done)
-            except TryLater as away:
-                failures.append(away)
-            results += found
+        unsettled = asking
+        try:
+            while asking:
+                _, asking = await asyncio.wait(asking, return_when=asyncio.FIRST_COMPLETED)
+                if asking:
+                    _, asking = await asyncio.wait(asking, timeout=TOGETHER_S)
+                found = _results(unsettled - asking, failures)
+                try:
+                    await _settle(found, ports, done)
+                except TryLater as away:
+                    failures.append(away)
+                unsettled = asking
+                results += found
+        except asyncio.CancelledError:
+            with suppress(TryLater):  # what has ended by now is not asked once more
+                await _settle(_results({task for task in unsettled if task.done()}, failures), ports, done)
+            raise
     if failures:
         ours = [failure for failure in failures if not isinstance(failure, TryLater)]
         raise ours[0] if ours else failures[0]
     order = {claim.part_id: place for place, claim in enumerate(claims)}
     return sorted(results, key=lambda result: order[result.claim.part_id])
+
+
+def _results(ended: Iterable[asyncio.Task[list[Result] | Exception]], failures: list[Exception]) -> list[Result]:
+    """Give what came of connectors; what failed goes to `failures`."""
+    results: list[Result] = []
+    for task in ended:
+        outcome = task.result()
+        if isinstance(outcome, Exception):
+            failures.append(outcome)
+        else:
+            results += outcome
+    return results
 
 
 async def _connector(

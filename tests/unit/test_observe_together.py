@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, cast
@@ -32,6 +32,7 @@ class Quietness:
     parts: Sequence[UUID]
     gates: dict[UUID, asyncio.Event] = field(default_factory=dict)
     settled: list[set[UUID]] = field(default_factory=list)
+    returned: set[UUID] = field(default_factory=set)
     news: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def claim(self, part_ids: Sequence[UUID]) -> list[Claim]:
@@ -56,6 +57,10 @@ class Quietness:
         self.settled.append({q.claim.part_id for q in quiet})
         self.news.set()
 
+    async def give_back(self, claim: Claim, _reason: str, _wait_s: float) -> None:
+        """Note who is given back."""
+        self.returned.add(claim.part_id)
+
     def start(self) -> asyncio.Task[Any]:
         """Observe everything."""
         anything = cast("Any", self)
@@ -68,13 +73,22 @@ class Quietness:
             self.gates.setdefault(part, asyncio.Event()).set()
 
 
+def afterwards(call: Callable[[], object], turns: int = 100) -> None:
+    """Call after so many turns of the loop: what was begun by then has ended, and no time has gone by."""
+    loop = asyncio.get_running_loop()
+    loop.call_soon(afterwards, call, turns - 1) if turns else call()
+
+
 async def test_connectors_that_end_soon_after_each_other_are_closed_together() -> None:
     """A transaction costs as much for many as for one."""
-    world = Quietness([UUID(int=n) for n in range(12)])
-    for part in world.parts:
-        asyncio.get_running_loop().call_soon(world.open, part)
-    await world.start()
-    assert world.settled == [set(world.parts)]
+    first, second, third = parts = [UUID(int=n) for n in range(3)]
+    world = Quietness(parts)
+    world.open(first)
+    observing = world.start()
+    afterwards(lambda: world.open(second))
+    afterwards(lambda: world.open(third), 200)
+    await observing
+    assert world.settled == [{first, second, third}]
 
 
 async def test_nobody_waits_for_a_connector_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,3 +105,15 @@ async def test_nobody_waits_for_a_connector_that_hangs(monkeypatch: pytest.Monke
     world.open(hanging)
     await observing
     assert world.settled == [{quick}, {hanging}]
+
+
+async def test_what_has_ended_is_closed_by_who_is_told_to_stop() -> None:
+    """Only what is still asked is given back: the rest waited for company, not for an answer."""
+    quick, hanging = UUID(int=1), UUID(int=2)
+    world = Quietness([quick, hanging])
+    world.open(quick)
+    observing = world.start()
+    afterwards(observing.cancel)
+    with pytest.raises(asyncio.CancelledError):
+        await observing
+    assert (world.settled, world.returned) == ([{quick}], {hanging})
