@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
-from uuid import UUID, uuid5
+from uuid import uuid5
 
 from pydantic import SecretStr
 
 from schemas.connectors import Dataset
 from schemas.events import Op
-from schemas.records import Listing
 from tests.bench import observing, samples
 from tests.bench.apart import Figures, Go, run_apart
 from tests.bench.case import Case, Sample, Side, joined
@@ -34,14 +33,13 @@ from worker.snapshots import RedisSnapshots, stream_key
 SIZES = {"members": Size(connectors=500), "large": Size(connectors=20, members=5_000)}
 QUICK_SIZES = {"members": Size(connectors=20), "large": Size(connectors=2, members=1_000)}
 NUMBER = 1
-_FIELDS = ("user_id", "email", "first_name", "seat_type", "is_owner", "is_locked")
 
 
 async def publish_all(asked: dict[str, Any], go: Go) -> Figures:
     """Publish the first listing of every connector: `redis_url`, `size`; give seconds and events."""
     listings = {
         Target(connector, tenant, "", "", partition_of(connector, observing.PARTITIONS)): listing
-        for (connector, tenant), listing in _listings(Size(**asked["size"])).items()
+        for (connector, tenant), listing in samples.listings(Size(**asked["size"]), NUMBER).items()
     }
     found = {
         target: [Change(subject, Op.CREATED, None, record, ()) for subject, record in listing.items()]
@@ -66,14 +64,6 @@ async def publish_all(asked: dict[str, Any], go: Go) -> Figures:
     seconds = time.perf_counter() - began
     await redis.aclose()
     return {"seconds": seconds, "events": sum(map(len, found.values()))}
-
-
-def _listings(size: Size) -> dict[tuple[UUID, str], Listing]:
-    """Give what is to be published, by connector and tenant."""
-    found: dict[tuple[UUID, str], Listing] = {}
-    for tenant, connector, *values, _ in samples.member_rows(size, NUMBER):
-        found.setdefault((connector, tenant), {})[f"member/{values[0]}"] = dict(zip(_FIELDS, values, strict=True))
-    return found
 
 
 def _entries(target: Target, changes: Sequence[Change], at: datetime) -> list[Entry]:
@@ -112,9 +102,10 @@ class Publishing:
                     rows: list[Any] = redis.xrange(stream_key(partition)) or []
                     stood += assemble([Entry(fields, entry_id.decode()) for entry_id, fields in rows]).whole
         told = {one.connector_id: {event["subject"]: event["data"]["after"] for event in one.events} for one in stood}
-        if told != {connector: listing for (connector, _), listing in _listings(size).items()}:
-            raise WrongResultError("the streams do not hold what was published")
         events = sum(len(one.events) for one in stood)
+        wanted = {connector: listing for (connector, _), listing in samples.listings(size, NUMBER).items()}
+        if told != wanted or (len(stood), events) != (size.connectors, size.member_rows):
+            raise WrongResultError("the streams do not hold what was published, each once")
         return {
             **(looked_at(observations=len(stood), events=events) if self.stage.checked else {}),
             f"{what}.events_per_s": found["events"] / found["seconds"],

@@ -148,7 +148,7 @@ def _measure(case: Case, plan: Plan, stage: Stage, kept: Result, *, note: Note) 
     try:
         note(f"{case.name}: preparing")
         with case.prepare(stage) as sides:
-            names = [name for name in sides if not (plan.checked and name in FLOORS)]
+            names = _wanted(sides, checked=plan.checked)
             for number in range(plan.rounds):
                 # Every other round goes backwards, so that a drift of the machine favours nobody.
                 for name in names if number % 2 == 0 else reversed(names):
@@ -162,6 +162,13 @@ def _measure(case: Case, plan: Plan, stage: Stage, kept: Result, *, note: Note) 
     except (WrongResultError, ControlError, OSError, psycopg.Error, redis.RedisError) as failed:
         error = f"{type(failed).__name__}: {failed}"
     return keep(complete=not error)
+
+
+def _wanted(sides: Mapping[str, Side], *, checked: bool) -> list[str]:
+    names = [name for name in sides if not (checked and name in FLOORS)]
+    if not names:
+        raise WrongResultError("no side has a history")
+    return names
 
 
 def _sample(side: Side, *, checked: bool) -> Sample:

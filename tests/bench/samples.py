@@ -9,10 +9,14 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID, uuid5
 
+from schemas.records import Listing
+
 EVENTS_PER_ENTRY = 500
 DIMENSIONS = ("product", "member", "api_key")
 _SPACE = UUID("6f9bd2a6-6f0c-4a5e-9d6a-0d5f2e6d3b11")
 _PRODUCTS = ("text_to_speech", "speech_to_text", "dubbing", "sound_effects", "music")
+
+MEMBER_FIELDS = ("user_id", "email", "first_name", "seat_type", "is_owner", "is_locked")
 
 UsageRow = tuple[str, UUID, str, date, str, str, str | None, Decimal, int]
 MemberRow = tuple[str, UUID, str, str, str, str, bool, bool, int]
@@ -86,6 +90,14 @@ def member_rows(size: Size, version: int) -> Iterator[MemberRow]:
                 f"tenant-{connector}", found, name, email, "Priya", "workspace_member", number == 0, number % 12 == 5,
                 version,
             )  # fmt: skip
+
+
+def listings(size: Size, version: int) -> dict[tuple[UUID, str], Listing]:
+    """Give the members as records, by connector and tenant."""
+    found: dict[tuple[UUID, str], Listing] = {}
+    for tenant, connector, *values, _ in member_rows(size, version):
+        found.setdefault((connector, tenant), {})[f"member/{values[0]}"] = dict(zip(MEMBER_FIELDS, values, strict=True))
+    return found
 
 
 def event(number: int) -> dict[str, Any]:

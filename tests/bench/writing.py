@@ -40,7 +40,6 @@ SIZES = {"usage": Size(connectors=60), "members": Size(connectors=500)}
 QUICK_SIZES = {"usage": Size(connectors=3), "members": Size(connectors=25)}
 LIMIT_S = 600.0
 LOOK_S = 0.01
-_FIELDS = ("user_id", "email", "first_name", "seat_type", "is_owner", "is_locked")
 _DATASETS = {
     "usage": (Dataset.USAGE_PRODUCT, Dataset.USAGE_MEMBER, Dataset.USAGE_API_KEY),
     "members": (Dataset.MEMBERS,),
@@ -65,27 +64,25 @@ def _usage_changes(size: Size, version: int) -> Changes:
 
 
 def _member_changes(size: Size, version: int) -> Changes:
-    found: Changes = {}
-    rows, earlier = (samples.member_rows(size, number) for number in (version, version - 1))
-    for (tenant, connector, *values, _), (_, _, *old, _) in zip(rows, earlier, strict=True):
-        record = dict(zip(_FIELDS, values, strict=True))
-        subject = f"member/{record['user_id']}"
-        change = Change(subject, Op.CREATED, None, record, ())
-        if version > 1:
-            change = Change(subject, Op.UPDATED, dict(zip(_FIELDS, old, strict=True)), record, ("email",))
-        found.setdefault((connector, tenant, Dataset.MEMBERS), []).append(change)
-    return found
+    before = samples.listings(size, version - 1) if version > 1 else {}
+    return {
+        (connector, tenant, Dataset.MEMBERS): [
+            Change(subject, Op.UPDATED, before[connector, tenant][subject], record, ("email",))
+            if before
+            else Change(subject, Op.CREATED, None, record, ())
+            for subject, record in listing.items()
+        ]
+        for (connector, tenant), listing in samples.listings(size, version).items()
+    }
 
 
 def _true(what: str, size: Size, version: int) -> dict[str, Values]:
     """Tell what is so of every connector at a version."""
+    if what == "members":
+        return {str(connector): dict(listing) for (connector, _), listing in samples.listings(size, version).items()}
     found: dict[str, Values] = defaultdict(dict)
-    if what == "usage":
-        for _, connector, dimension, day, key, unit, _, amount, _ in samples.usage_rows(size, version):
-            found[str(connector)].setdefault(f"usage/{dimension}/{day}", {})[key, unit] = amount
-    else:
-        for _, connector, *values, _ in samples.member_rows(size, version):
-            found[str(connector)][f"member/{values[0]}"] = dict(zip(_FIELDS, values, strict=True))
+    for _, connector, dimension, day, key, unit, _, amount, _ in samples.usage_rows(size, version):
+        found[str(connector)].setdefault(f"usage/{dimension}/{day}", {})[key, unit] = amount
     return found
 
 
