@@ -644,6 +644,17 @@ def test_stats_count_requests_statuses_and_concurrency(sim: Simulator, key: str)
     assert sim.stats()["total"] == 0
 
 
+def test_what_is_being_answered_at_a_reset_counts_no_more(sim: Simulator, key: str) -> None:
+    """Who gave up waiting belongs to what was before."""
+    sim.faults("one", {"kind": "slow", "seconds": 0.2})
+    with pytest.raises(TimeoutError):
+        ask(sim, "/v1/user", key=key, timeout_s=0.05)
+    sim.reset_stats()
+    assert ask(sim, "/v1/user", key=key).status == 200  # by now the first one has its answer, too
+    stats = sim.stats()
+    assert (stats["total"], stats["statuses"]) == (1, {"200": 1})
+
+
 def test_audit_logs_page_backwards_and_refuse_the_31st_call_of_a_minute(sim: Simulator, key: str) -> None:
     """Newest first, cursors lead through all entries once, the plan and the rate are enforced."""
     sim.mutate("one", {"op": "member_join"})

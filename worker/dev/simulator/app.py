@@ -79,7 +79,7 @@ class Provider:
 
         async def handle(request: web.Request) -> web.StreamResponse:
             world = self._world
-            trace_id = self._trace_id()
+            statuses, trace_id = world.statuses, self._trace_id()
             key = world.keys.get(request.headers.get("xi-api-key", ""))
             workspace = None if key is None else key.workspace
             world.requests["" if workspace is None else workspace.name, endpoint.path] += 1
@@ -93,7 +93,7 @@ class Provider:
                     answer = await self._answer(request, endpoint, key)
                 except Problem as found:
                     answer = found.answer(trace_id)
-                world.statuses[answer.status] += 1
+                statuses[answer.status] += 1
                 return await self._send(request, answer, trace_id, workspace)
             finally:
                 if workspace is not None:

@@ -230,8 +230,7 @@ class World:
         }
 
     def reset_stats(self) -> None:
-        """Count from zero."""
-        self.requests.clear()
-        self.statuses.clear()
+        """Count from zero; what is being answered just now counts no more."""
+        self.requests, self.statuses = Counter(), Counter()
         for workspace in self.workspaces.values():
             workspace.most_in_flight = workspace.in_flight
