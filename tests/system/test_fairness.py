@@ -122,10 +122,7 @@ def backlog(place: Installation, *, due: bool) -> int:
 
 
 def open_parts(place: Installation) -> int:
-    (row,) = place.rows(
-        "SELECT count(*) AS n FROM rollcall.sync_parts WHERE kind = 'backfill'"
-        " AND status IN ('queued', 'running', 'waiting')"
-    )
+    (row,) = place.rows("SELECT count(*) AS n FROM rollcall.sync_parts WHERE kind = 'backfill' AND open")
     return int(row["n"])
 
 

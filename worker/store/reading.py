@@ -115,7 +115,7 @@ async def status(db: Database) -> dict[str, Any]:
     parts = await _rows(
         db,
         "SELECT kind, status, count(*) AS n, min(not_before) AS oldest FROM rollcall.sync_parts"
-        " WHERE status IN ('queued', 'running', 'waiting') GROUP BY 1, 2 ORDER BY 1, 2",
+        " WHERE open GROUP BY 1, 2 ORDER BY 1, 2",
     )
     others = await _rows(
         db,

@@ -29,7 +29,7 @@ UNKNOWN = 2**63 - 1
 _CLAIMED = """
     WITH gone AS (
         UPDATE rollcall.sync_parts p SET status = 'waiting', lane = NULL, lease_until = NULL
-        WHERE p.status = 'running' AND p.published_at IS NULL AND """
+        WHERE p.open AND p.status = 'running' AND p.published_at IS NULL AND """
 _DUE_AGAIN = """
         RETURNING p.connector_id, p.dataset, p.claimed
     ), freed AS (
@@ -55,8 +55,7 @@ class Recovery:
 
         async def work(connection: Connection) -> dict[str, int]:
             rows = await connection.execute(
-                "SELECT status, count(*) AS n FROM rollcall.sync_parts"
-                " WHERE status IN ('queued', 'running', 'waiting') GROUP BY status"
+                "SELECT status, count(*) AS n FROM rollcall.sync_parts WHERE open GROUP BY status"
             )
             return {"queued": 0, "running": 0, "waiting": 0} | {row["status"]: row["n"] async for row in rows}
 
@@ -140,7 +139,7 @@ class Recovery:
                 """
                 WITH sent AS (
                     SELECT id, lease_until, dense_rank() OVER (ORDER BY lease_until DESC) AS place
-                    FROM rollcall.sync_parts WHERE status = 'queued' AND kind = ANY(%s) AND lane IS NOT NULL
+                    FROM rollcall.sync_parts WHERE open AND status = 'queued' AND kind = ANY(%s) AND lane IS NOT NULL
                 ), lost AS (
                     UPDATE rollcall.sync_parts p SET lane = NULL, lease_until = NULL FROM sent
                     WHERE p.id = sent.id AND p.status = 'queued' AND p.lease_until = sent.lease_until
@@ -164,7 +163,8 @@ class Recovery:
                 WITH lost AS (
                     UPDATE rollcall.sync_parts SET lane = NULL, lease_until = NULL, published_at = NULL,
                            status = CASE WHEN status = 'running' THEN 'waiting' ELSE status END
-                    WHERE (status = 'queued' AND lane IS NOT NULL) OR (status = 'running' AND published_at IS NOT NULL)
+                    WHERE open AND ((status = 'queued' AND lane IS NOT NULL)
+                                    OR (status = 'running' AND published_at IS NOT NULL))
                     RETURNING connector_id, dataset, claimed
                 ), freed AS (
                     UPDATE rollcall.connector_access a SET lease_until = NULL FROM lost
@@ -194,7 +194,7 @@ class Recovery:
                     JOIN n ON n.partition = c.partition
                     JOIN rollcall.connector_access a
                          ON a.connector_id = p.connector_id AND a.dataset = p.dataset AND a.claimed = p.claimed
-                    WHERE p.status = 'running' AND p.published_at IS NOT NULL
+                    WHERE p.open AND p.status = 'running' AND p.published_at IS NOT NULL
                     ORDER BY a.connector_id, a.dataset FOR NO KEY UPDATE OF a SKIP LOCKED
                 ), parts AS (
                     UPDATE rollcall.sync_parts p
@@ -234,7 +234,7 @@ class Recovery:
             rows = await connection.execute(
                 """
                 SELECT id, connector_id, run_id FROM rollcall.sync_parts
-                WHERE status IN ('queued', 'running', 'waiting') AND attempts >= %s AND not_before <= now()
+                WHERE open AND attempts >= %s AND not_before <= now()
                   AND (lease_until IS NULL OR lease_until < now()) LIMIT 100
                 """,
                 [attempts],
@@ -246,7 +246,7 @@ class Recovery:
             await connection.execute(
                 "UPDATE rollcall.sync_parts SET status = 'failed', lane = NULL, lease_until = NULL,"
                 " error_class = coalesce(error_class, 'ContractBroken'), error_reason = 'attempts_exhausted'"
-                " WHERE id = ANY(%b) AND status IN ('queued', 'running', 'waiting')",
+                " WHERE id = ANY(%b) AND open",
                 [[row["id"] for row in found]],
             )
             await conclude(connection, connectors, [], runs={row["run_id"] for row in found})
@@ -267,7 +267,7 @@ class Recovery:
                 SELECT r.connector_id FROM rollcall.sync_runs r
                 WHERE r.status IN ('queued', 'running') AND r.kind = ANY(%b) AND EXISTS (
                     SELECT 1 FROM (SELECT * FROM rollcall.sync_parts WHERE run_id = r.id OFFSET 0) p
-                    WHERE p.status IN ('queued', 'running', 'waiting') AND p.not_before <= now()
+                    WHERE p.open AND p.not_before <= now()
                       AND (p.lease_until IS NULL OR p.lease_until < now()))
                 ORDER BY r.created_at LIMIT %s
                 """,

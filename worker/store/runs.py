@@ -73,7 +73,7 @@ async def finish_runs(connection: Connection, ids: Collection[UUID], connectors:
         """
         WITH n AS (
             SELECT p.run_id,
-                   count(*) FILTER (WHERE status IN ('queued', 'running', 'waiting')) AS open,
+                   count(*) FILTER (WHERE p.open) AS open,
                    count(*) FILTER (WHERE status = 'succeeded') AS good,
                    count(*) FILTER (WHERE status = 'skipped') AS skipped,
                    count(*) FILTER (WHERE status = 'failed') AS failed,
@@ -96,7 +96,7 @@ async def finish_runs(connection: Connection, ids: Collection[UUID], connectors:
         FROM n WHERE r.id = n.run_id AND r.status IN ('queued', 'running')
         RETURNING r.*, n.open AS open_parts, n.unlucky, n.changes, n.first_day, n.last_day,
                   EXISTS (SELECT 1 FROM rollcall.sync_parts p WHERE p.connector_id = r.connector_id
-                          AND p.status IN ('queued', 'waiting') AND p.lane IS NULL) AS unsent
+                          AND p.open AND p.status <> 'running' AND p.lane IS NULL) AS unsent
         """,
         [[str(reason) for reason in DENIALS], wanted],
     )
@@ -225,7 +225,7 @@ async def drop_parts(connection: Connection, connector: Row, *, reason: str, sta
         """
         UPDATE rollcall.sync_parts SET status = 'skipped', lane = NULL, lease_until = NULL,
                error_class = 'OwnerMustAct', error_reason = %s
-        WHERE connector_id = %s AND status IN ('queued', 'running', 'waiting')
+        WHERE connector_id = %s AND open
         """,
         [reason, connector["id"]],
     )

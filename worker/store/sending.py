@@ -220,7 +220,7 @@ class Dispatch:
                    coalesce(a.lease_until > now(), false) AS applying, now() AS now
             FROM rollcall.sync_parts p
             JOIN rollcall.connector_access a ON a.connector_id = p.connector_id AND a.dataset = p.dataset
-            WHERE p.connector_id = ANY(%b) AND p.status IN ('queued', 'running', 'waiting')
+            WHERE p.connector_id = ANY(%b) AND p.open
             ORDER BY p.connector_id, p.kind, p.dataset, asking, p.not_before <= now() DESC, p.window_start DESC
             """,
             [list(connector_ids)],
@@ -272,8 +272,8 @@ async def _bulk_room(connection: Connection) -> int:
         SELECT greatest(1, (SELECT coalesce(sum(slots), 0) FROM rollcall.workers
                             WHERE seen_at > now() - interval '60 seconds') / 2)
                - (SELECT count(DISTINCT lease_until) FROM rollcall.sync_parts
-                  WHERE kind <> 'poll' AND lane IS NOT NULL AND lease_until > now()
-                    AND status IN ('queued', 'running')) AS room
+                  WHERE open AND kind <> 'poll' AND lane IS NOT NULL AND lease_until > now()
+                    AND status <> 'waiting') AS room
         """
     )
     row = await rows.fetchone()
