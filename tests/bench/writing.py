@@ -40,6 +40,7 @@ SIZES = {"usage": Size(connectors=60), "members": Size(connectors=500)}
 QUICK_SIZES = {"usage": Size(connectors=3), "members": Size(connectors=25)}
 LIMIT_S = 600.0
 LOOK_S = 0.01
+GLANCE_S = 0.001
 _DATASETS = {
     "usage": (Dataset.USAGE_PRODUCT, Dataset.USAGE_MEMBER, Dataset.USAGE_API_KEY),
     "members": (Dataset.MEMBERS,),
@@ -155,6 +156,25 @@ class Filled:
             [number, [str(d) for d in _DATASETS[self.what]]],
         )
 
+    def release(self, held: ExitStack, team: Crew) -> None:
+        """Let the writer have the partitions, and wait until it reads: until then it waits for news, not for us.
+
+        Raises:
+            WrongResultError: it took too long.
+
+        """
+        before, deadline = self._delivered(), time.monotonic() + LIMIT_S
+        held.close()
+        while self._delivered() == before:
+            team.check()
+            if time.monotonic() > deadline:
+                raise WrongResultError(f"the writer read nothing in {LIMIT_S:.0f} s")
+            time.sleep(GLANCE_S)
+
+    def _delivered(self) -> list[object]:
+        keys = [key for key in map(stream_key, range(self.partitions)) if self.redis.xlen(key)]
+        return [group["last-delivered-id"] for key in keys for group in self.redis.xinfo_groups(key)]
+
     def await_folded(self, team: Crew) -> None:
         """Wait until everything in the streams is read and acknowledged.
 
@@ -248,8 +268,8 @@ def _product(stage: Stage, what: str, size: Size) -> Sample:
                 with ExitStack() as held:
                     held.enter_context(_held(place, made.partitions))
                     made.fill(version, repeat=phase == "repeat")
+                    made.release(held, team)
                     with Watch({**team.pids, **stage.servers}) as seen:
-                        held.close()
                         made.await_folded(team)
                 made.check(version)
                 sample |= _figures(what, phase, size, seen.seconds, seen)

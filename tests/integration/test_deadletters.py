@@ -16,7 +16,7 @@ from tasks.upkeep import forget_deleted
 from tests.fixtures.harness import Harness, Row, Watched
 from tests.fixtures.terminal import rollcall
 from worker.store import staging
-from worker.stream import DEAD_LETTERS, GROUP
+from worker.stream import DEAD_LETTERS, GROUP, ensure_group
 
 SYNC_QUEUE: Final = "rollcall.sync"
 
@@ -31,6 +31,14 @@ async def published(harness: Harness, *watched: Watched) -> None:
 
 def null_owner(event: Row) -> None:
     event["data"]["after"]["is_owner"] = None
+
+
+def unstorable_mail(event: Row) -> None:
+    event["data"]["after"]["email"] = "a\0b"
+
+
+def no_text(event: Row) -> None:
+    event["data"]["after"]["email"] = {}
 
 
 def no_number(event: Row) -> None:
@@ -82,17 +90,17 @@ async def work_off(harness: Harness) -> list[UUID]:
     [(Dataset.MEMBERS, null_owner), (Dataset.USAGE_PRODUCT, no_number)],
     ids=["not null", "numeric"],
 )
-@pytest.mark.parametrize("copied", [False, True], ids=["arrays", "copied"])
+@pytest.mark.parametrize("staged", [False, True], ids=["arrays", "staged"])
 async def test_poison_is_put_away_alone_and_healed_by_redriving(
     harness: Harness,
     monkeypatch: pytest.MonkeyPatch,
     dataset: Dataset,
     spoil: Callable[[Row], None],
-    copied: bool,
+    staged: bool,
 ) -> None:
     """An unwritable value costs its own observation only; the letter tells its story, and redriving mends the data."""
-    if copied:
-        monkeypatch.setattr(staging, "COPY_FROM_ROWS", 1)
+    if staged:
+        monkeypatch.setattr(staging, "STAGE_FROM_ROWS", 1)
     acme = await harness.synced()
     neighbour = await harness.synced("neighbour", tenant="t2")
     before = (await harness.access(acme))[dataset]["version"]
@@ -127,6 +135,39 @@ async def test_poison_is_put_away_alone_and_healed_by_redriving(
     assert await work_off(harness) == [UUID(row["run_id"])]
     run = (await harness.runs(acme))[-1]
     assert (run["kind"], run["requested_by"], run["status"]) == ("reconcile", "deadletter", "succeeded")
+    await harness.true(acme)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "spoil"),
+    [
+        (Dataset.MEMBERS, null_owner),
+        (Dataset.MEMBERS, unstorable_mail),
+        (Dataset.MEMBERS, no_text),
+        (Dataset.USAGE_PRODUCT, no_number),
+    ],
+    ids=["not null", "zero byte", "type", "numeric"],
+)
+async def test_poison_in_a_first_sync_is_put_away_alone(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch, dataset: Dataset, spoil: Callable[[Row], None]
+) -> None:
+    """An unwritable value among rows that go straight into their table costs its own observation only."""
+    monkeypatch.setattr(staging, "COPY_FROM_ROWS", 1)
+    acme = await harness.add_connector()
+    await ensure_group(harness.runtime.redis, acme.stream, GROUP)
+    await published(harness, acme)
+    await poison(harness, acme, dataset, spoil)
+    await harness.settle()
+
+    (letter,) = await letters(harness)
+    assert (letter["dataset"], letter["base"]) == (str(dataset), "0")
+    unwritten = {
+        Dataset(row["dataset"])
+        for row in await harness.rows("SELECT dataset FROM rollcall.connector_access WHERE version = 0")
+    }
+    assert unwritten == {dataset}
+    await rollcall(harness.runtime.settings, "deadletter", "redrive", letter["id"])
+    await work_off(harness)
     await harness.true(acme)
 
 

@@ -85,8 +85,9 @@ async def test_random_changes_arrive(harness: Harness, shape: dict[str, Any]) ->
 
 
 async def test_large_batches_arrive_alike(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is written through temporary tables, a few rows at a time, is what arrays would have written."""
+    """What is copied, straight or through temporary tables a few rows at a time, is what arrays would have written."""
     monkeypatch.setattr(staging, "COPY_FROM_ROWS", 1)
+    monkeypatch.setattr(staging, "STAGE_FROM_ROWS", 1)
     monkeypatch.setattr(staging, "BATCH_ROWS", 7)
     acme = await harness.synced(members=40, groups=5, service_accounts=6, usage_rows_per_day=10)
     await harness.agree(acme)
@@ -95,6 +96,22 @@ async def test_large_batches_arrive_alike(harness: Harness, monkeypatch: pytest.
         await harness.poll(acme)
         await harness.agree(acme)
     assert harness.lapses == 0, "no lease had to run out"
+
+
+async def test_who_comes_back_finds_the_old_row(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only a dataset's first observation goes straight into its table: who was removed has a row there still."""
+    monkeypatch.setattr(staging, "COPY_FROM_ROWS", 1)
+    acme = await harness.synced(members=5)
+    query = "SELECT user_id, first_seen_at, removed_at FROM rollcall.members ORDER BY first_seen_at, user_id"
+    before = await harness.rows(query)
+    gone = before[-1]["user_id"]
+    harness.simulator.mutate("acme", {"op": "member_leave", "user_id": gone})
+    await harness.poll(acme)
+    assert [row["user_id"] for row in await harness.rows(query) if row["removed_at"]] == [gone]
+    harness.simulator.mutate("acme", {"op": "member_join", "user_id": gone})
+    await harness.poll(acme)
+    assert await harness.rows(query) == before
+    await harness.agree(acme)
 
 
 async def test_days_too_large_for_one_observation_are_parts_of_their_own(

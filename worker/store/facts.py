@@ -133,45 +133,58 @@ async def write(connection: Connection, observations: Sequence[Observation], ten
         ContractBroken: an event lacks what its table needs.
 
     """
-    by_kind: dict[str, list[tuple[Observation, str, dict[str, Any]]]] = defaultdict(list)
+    groups: dict[tuple[str, bool], list[_Group]] = defaultdict(list)
     for observation in observations:
+        of_kind: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
         for event in observation.events:
             try:
                 kind, _, key = event["subject"].partition("/")
-                by_kind[kind].append((observation, key, event["data"]))
+                of_kind[kind].append((key, event["data"]))
             except (KeyError, AttributeError, TypeError) as error:
                 raise ContractBroken("event_broken", f"an event lacks {error}") from None
+        # Of a dataset of which nothing was applied yet, no row can be there. (It does not follow from an event that
+        # tells of a new record: removed ones keep their rows.)
+        new = observation.base == 0
+        for kind, found in of_kind.items():
+            groups[kind, new].append((observation, found))
     try:
-        for kind, changes in by_kind.items():
+        for (kind, new), some in groups.items():
             if kind == "workspace":
-                await _write_workspaces(connection, changes)
+                await _write_workspaces(connection, some)
             elif kind == "usage":
-                await _write_usage(connection, changes, tenants)
+                await _write_usage(connection, some, tenants, new=new)
             elif kind in TABLES:
-                await _write_records(connection, TABLES[kind], changes, tenants)
+                await _write_records(connection, TABLES[kind], some, tenants, new=new)
     except (KeyError, AttributeError, TypeError, ValueError, ArithmeticError, struct.error) as error:
         raise ContractBroken("event_broken", f"{type(error).__name__} while reading an event") from error
 
 
+_Group = tuple[Observation, Sequence[tuple[str, dict[str, Any]]]]
+"""An observation and those of its changes that are of one kind: key and `data` each."""
+
+
 async def _write_records(
-    connection: Connection,
-    table: Table,
-    changes: Sequence[tuple[Observation, str, dict[str, Any]]],
-    tenants: dict[UUID, str],
+    connection: Connection, table: Table, groups: Sequence[_Group], tenants: dict[UUID, str], *, new: bool
 ) -> None:
-    gone = [(o, key) for o, key, data in changes if data["after"] is None]
-    kept = [(o, key, data["after"]) for o, key, data in changes if data["after"] is not None]
-    rows = [(tenants[o.connector_id], o.connector_id, o.sequence, key, *table.cells(record)) for o, key, record in kept]
-    await table.upsert.run(connection, rows)
+    rows: list[tuple[Any, ...]] = []
+    gone: list[tuple[UUID, int, str]] = []
+    cells = table.cells
+    for observation, found in groups:
+        connector_id, version = observation.connector_id, observation.sequence
+        head = (tenants[connector_id], str(connector_id), version)
+        for key, data in found:
+            after = data["after"]
+            if after is None:
+                gone.append((connector_id, version, key))
+            else:
+                rows.append((*head, key, *cells(after)))
+    await table.upsert.run(connection, rows, new=new)
     if gone:
-        await connection.execute(
-            table.remove,
-            [[o.connector_id for o, _ in gone], [o.sequence for o, _ in gone], [k for _, k in gone]],
-        )
+        await connection.execute(table.remove, [list(column) for column in zip(*gone, strict=True)])
 
 
-async def _write_workspaces(connection: Connection, changes: Sequence[tuple[Observation, str, dict[str, Any]]]) -> None:
-    after = [(o.connector_id, data["after"] or {}) for o, _, data in changes]
+async def _write_workspaces(connection: Connection, groups: Sequence[_Group]) -> None:
+    after = [(o.connector_id, data["after"] or {}) for o, found in groups for _, data in found]
     await connection.execute(
         """
         UPDATE rollcall.connectors c SET workspace_id = coalesce(n.workspace_id, c.workspace_id), plan = n.plan,
@@ -183,30 +196,23 @@ async def _write_workspaces(connection: Connection, changes: Sequence[tuple[Obse
 
 
 async def _write_usage(
-    connection: Connection,
-    changes: Sequence[tuple[Observation, str, dict[str, Any]]],
-    tenants: dict[UUID, str],
+    connection: Connection, groups: Sequence[_Group], tenants: dict[UUID, str], *, new: bool
 ) -> None:
-    days = [(o, data["dimension"], date.fromisoformat(data["bucket_start"]), data) for o, _, data in changes]
-    rows = [
-        (
-            tenants[o.connector_id],
-            o.connector_id,
-            dimension,
-            day,
-            row["key"],
-            row["unit"],
-            row["label"],
-            row["amount"],
-            o.sequence,
-        )
-        for o, dimension, day, data in days
-        for row in data["rows"]
-    ]
-    await _ROWS.run(connection, rows)
-    spans = _spans(
-        (o, dimension, day, "complete" if data["settled"] else "provisional") for o, dimension, day, data in days
-    )
+    rows: list[tuple[Any, ...]] = []
+    days: list[tuple[Observation, str, date, str]] = []
+    for observation, found in groups:
+        connector_id, version = observation.connector_id, observation.sequence
+        tenant, whose = tenants[connector_id], str(connector_id)
+        for _, data in found:
+            dimension, day = data["dimension"], data["bucket_start"]
+            state = "complete" if data["settled"] else "provisional"
+            days.append((observation, dimension, date.fromisoformat(day), state))
+            rows += [
+                (tenant, whose, dimension, day, row["key"], row["unit"], row["label"], row["amount"], version)
+                for row in data["rows"]
+            ]
+    await _ROWS.run(connection, rows, new=new)
+    spans = _spans(days)
     await connection.execute(
         _DAYS,
         [
@@ -241,9 +247,9 @@ _ROWS = Stage(
     "staged_usage",
     (
         ("t", "text"),
-        ("c", "uuid"),
+        ("c", "text"),
         ("d", "text"),
-        ("b", "date"),
+        ("b", "text"),
         ("k", "text"),
         ("u", "text"),
         ("l", "text"),
@@ -254,13 +260,28 @@ _ROWS = Stage(
         """
         INSERT INTO rollcall.credit_usage
             (tenant_id, connector_id, dimension, bucket_start, bucket_key, unit, label, amount, version)
-        SELECT t, c, d, b, k, u, l, a::numeric, v FROM {source}
+        SELECT t, c::uuid, d, b::date, k, u, l, a::numeric, v FROM {source}
         ON CONFLICT (connector_id, dimension, bucket_start, bucket_key, unit) DO UPDATE SET
             label = excluded.label, amount = excluded.amount, version = excluded.version
         """
     ),
+    {},
+    (
+        "credit_usage",
+        (
+            "tenant_id",
+            "connector_id",
+            "dimension",
+            "bucket_start",
+            "bucket_key",
+            "unit",
+            "label",
+            "amount",
+            "version",
+        ),
+    ),
 )
-"""Every row of whole days."""
+"""Every row of whole days. Ids and days travel as text: they are written once for many rows."""
 
 _DAYS = b"""
     WITH day AS (

@@ -47,11 +47,11 @@ class Table:
 
     @cached_property
     def upsert(self) -> Stage:
-        """Write many records: rows of tenant, connector, version, key and every column."""
+        """Write many records: rows of tenant, connector as text, version, key and every column."""
         names = [c.name for c in self.columns]
         statement = """
             INSERT INTO rollcall.{table} (tenant_id, connector_id, version, {key}, {columns})
-            SELECT t, c, v, k, {values} FROM {source}
+            SELECT t, c::uuid, v, k, {values} FROM {source}
             ON CONFLICT (connector_id, {key}) DO UPDATE SET
                 version = excluded.version, changed_at = now(), removed_at = NULL, {updates}
             """
@@ -59,7 +59,7 @@ class Table:
             f"staged_{self.name}",
             (
                 ("t", "text"),
-                ("c", "uuid"),
+                ("c", "text"),
                 ("v", "bigint"),
                 ("k", "text"),
                 *((c.name, wire_type(c.type)) for c in self.columns),
@@ -72,6 +72,9 @@ class Table:
                 "values": sql.SQL(", ").join(_from_wire(c) for c in self.columns),
                 "updates": sql.SQL(", ").join(sql.SQL("{0} = excluded.{0}").format(sql.Identifier(n)) for n in names),
             },
+            (self.name, ["tenant_id", "connector_id", "version", self.key, *names])
+            if not any(c.type == "text[]" for c in self.columns)
+            else None,
         )
 
     @cached_property
