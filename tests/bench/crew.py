@@ -20,35 +20,37 @@ STOP_S = 40.0
 LOOK_S = 0.01
 
 ALL = ("worker", "writer", "beat")
+TWICE = ("worker", "worker-2", "writer", "writer-2", "beat")
+"""As deploy/compose.yaml starts them."""
 
 
 @dataclass(frozen=True, slots=True)
 class Crew:
-    """Running processes by role."""
+    """Running processes by name: the role, with a number if there are several of it."""
 
     processes: dict[str, subprocess.Popen[bytes]]
     logs: Path
 
     @property
     def pids(self) -> dict[str, int]:
-        """Process ids by role."""
-        return {role: process.pid for role, process in self.processes.items()}
+        """Process ids by name."""
+        return {name: process.pid for name, process in self.processes.items()}
 
     def check(self) -> None:
         """Raise WrongResultError if a process has ended."""
-        for role, process in self.processes.items():
+        for name, process in self.processes.items():
             if process.poll() is not None:
-                tail = self.log(role).read_text(errors="replace")[-2000:]
-                raise WrongResultError(f"the {role} ended with status {process.returncode}: {tail}")
+                tail = self.log(name).read_text(errors="replace")[-2000:]
+                raise WrongResultError(f"the {name} ended with status {process.returncode}: {tail}")
 
-    def log(self, role: str) -> Path:
+    def log(self, name: str) -> Path:
         """Name the file a process logs to."""
-        return self.logs / f"{role}.log"
+        return self.logs / f"{name}.log"
 
 
 @contextmanager
 def crew(
-    stage: Stage, place: Place, database: Database, *, settings: Mapping[str, object], roles: Sequence[str] = ALL
+    stage: Stage, place: Place, database: Database, *, settings: Mapping[str, object], names: Sequence[str] = ALL
 ) -> Iterator[Crew]:
     """Run the processes until the block ends; they have beaten and, with a beat, ticked when it begins.
 
@@ -57,7 +59,7 @@ def crew(
         place: the database and Valkey they use.
         database: a connection to it.
         settings: `ROLLCALL_` settings by field name, beside the defaults.
-        roles: which processes.
+        names: which processes.
 
     """
     environment = {
@@ -71,16 +73,20 @@ def crew(
     }
     made = Crew({}, stage.folder)
     try:
-        for role in roles:
-            with made.log(role).open("wb") as log:
-                made.processes[role] = subprocess.Popen(
-                    [*COMMAND, role], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
+        for name in names:
+            with made.log(name).open("wb") as log:
+                made.processes[name] = subprocess.Popen(
+                    [*COMMAND, _role(name)], cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log
                 )
-        _await_ready(made, database, roles)
+        _await_ready(made, database, [_role(name) for name in names])
         yield made
         made.check()
     finally:
         _stop(made)
+
+
+def _role(name: str) -> str:
+    return name.partition("-")[0]
 
 
 def _await_ready(made: Crew, database: Database, roles: Sequence[str]) -> None:

@@ -11,7 +11,7 @@ import redis
 
 from tests.bench.apart import run_apart
 from tests.bench.case import Case, Sample, Side
-from tests.bench.crew import await_middle_of_tick, crew
+from tests.bench.crew import ALL, TWICE, await_middle_of_tick, crew
 from tests.bench.history import told_by, witnessed
 from tests.bench.runs import await_runs, make_due
 from tests.bench.stage import Place, Stage
@@ -75,8 +75,8 @@ class World:
             change(self.simulator, self.shape, self.tenants, share=SHARE, seed=self.changes)
         warm(self.simulator, self.tenants, step.days)
 
-    def product(self, steps: Sequence[Step], tick_s: float = TICK_S) -> Sample:
-        """Sync by worker, writer and beat."""
+    def product(self, steps: Sequence[Step], tick_s: float = TICK_S, names: Sequence[str] = ALL) -> Sample:
+        """Sync by worker, writer and beat, or by more of them."""
         sample: Sample = {}
         with (
             self.stage.fresh() as place,
@@ -86,7 +86,7 @@ class World:
         ):
             register(database, self.stage.ring, self.simulator.url, self.tenants)
             history.note(self.tenants)
-            with crew(self.stage, place, database, settings={"dispatch_interval_s": tick_s}) as team:
+            with crew(self.stage, place, database, settings={"dispatch_interval_s": tick_s}, names=names) as team:
                 sample |= self._idle({**team.pids, **self.stage.servers})
                 for step in steps:
                     self.stage.note(f"{len(self.tenants)} tenants: {step.name}")
@@ -180,6 +180,7 @@ def _many(stage: Stage) -> Iterator[Mapping[str, Side]]:
         sides = {"product": lambda: made.product(STEPS, tick_s), "floor": lambda: made.floor(STEPS)}
         if not stage.quick:
             sides["product_1s_tick"] = lambda: made.product(STEPS, 1.0)
+            sides["product_twice"] = lambda: made.product(STEPS, names=TWICE)
         yield sides
 
 
@@ -197,7 +198,7 @@ SYNC = Case(
     "sync",
     "200 tenants of 200 members, 20 keys and 90 days of usage: first sync, then polls and reconciles",
     _many,
-    {"product": "floor", "product_1s_tick": "floor"},
+    {"product": "floor", "product_1s_tick": "floor", "product_twice": "floor"},
 )
 LARGE = Case(
     "large",

@@ -9,6 +9,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from uuid import UUID, uuid5
@@ -243,7 +244,7 @@ def _held(place: Place, partitions: int) -> Iterator[None]:
         yield
 
 
-def _product(stage: Stage, what: str, size: Size) -> Sample:
+def _product(stage: Stage, what: str, size: Size, names: Sequence[str] = ("writer",)) -> Sample:
     sample: Sample = {}
     version = 1
     with (
@@ -259,7 +260,7 @@ def _product(stage: Stage, what: str, size: Size) -> Sample:
         ]
         register(database, stage.ring, "http://127.0.0.1:9", tenants)
         history.note(tenants)
-        with crew(stage, place, database, settings={}, roles=["writer"]) as team:
+        with crew(stage, place, database, settings={}, names=names) as team:
             for phase in PHASES:
                 stage.note(f"writer alone: {what}, {phase}")
                 if phase == "update":
@@ -307,12 +308,15 @@ def _prepare(stage: Stage) -> Iterator[Mapping[str, Side]]:
     def both(measure: Callable[[Stage, str, Size], Sample]) -> Side:
         return lambda: joined(measure(stage, what, size) for what, size in sizes.items())
 
-    yield {"writer": both(_product), "floor": both(_floor)}
+    sides = {"writer": both(_product), "floor": both(_floor)}
+    if not stage.quick:
+        sides["writer_twice"] = both(partial(_product, names=("writer", "writer-2")))
+    yield sides
 
 
 CASE = Case(
     "writer",
     "the writer alone on full streams: new rows, every row changed, and what was applied already",
     _prepare,
-    {"writer": "floor"},
+    {"writer": "floor", "writer_twice": "floor"},
 )

@@ -41,6 +41,10 @@ def no_text(event: Row) -> None:
     event["data"]["after"]["email"] = {}
 
 
+def twice(event: Row) -> None:
+    event["data"]["rows"] *= 2
+
+
 def no_number(event: Row) -> None:
     event["data"]["rows"][0]["amount"] = "a lot"
 
@@ -87,8 +91,8 @@ async def work_off(harness: Harness) -> list[UUID]:
 
 @pytest.mark.parametrize(
     ("dataset", "spoil"),
-    [(Dataset.MEMBERS, null_owner), (Dataset.USAGE_PRODUCT, no_number)],
-    ids=["not null", "numeric"],
+    [(Dataset.MEMBERS, null_owner), (Dataset.USAGE_PRODUCT, no_number), (Dataset.USAGE_PRODUCT, twice)],
+    ids=["not null", "numeric", "twice"],
 )
 @pytest.mark.parametrize("staged", [False, True], ids=["arrays", "staged"])
 async def test_poison_is_put_away_alone_and_healed_by_redriving(
@@ -145,8 +149,9 @@ async def test_poison_is_put_away_alone_and_healed_by_redriving(
         (Dataset.MEMBERS, unstorable_mail),
         (Dataset.MEMBERS, no_text),
         (Dataset.USAGE_PRODUCT, no_number),
+        (Dataset.USAGE_PRODUCT, twice),
     ],
-    ids=["not null", "zero byte", "type", "numeric"],
+    ids=["not null", "zero byte", "type", "numeric", "twice"],
 )
 async def test_poison_in_a_first_sync_is_put_away_alone(
     harness: Harness, monkeypatch: pytest.MonkeyPatch, dataset: Dataset, spoil: Callable[[Row], None]

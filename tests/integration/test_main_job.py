@@ -23,6 +23,7 @@ from worker.elevenlabs.asking import Asked, Asking
 from worker.observe import observe
 from worker.ports import Target
 from worker.store import staging
+from worker.store.db import Connection
 
 KINDS = [kind for kind in MAKERS if kind != "usage_remove_day"]
 """Random changes that no guard holds back; what empties a whole day is tested with the holds."""
@@ -96,6 +97,36 @@ async def test_large_batches_arrive_alike(harness: Harness, monkeypatch: pytest.
         await harness.poll(acme)
         await harness.agree(acme)
     assert harness.lapses == 0, "no lease had to run out"
+
+
+async def test_a_first_sync_goes_straight_into_its_tables(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:
+    """New rows need no temporary table, and arrive as they are, whatever COPY makes of their letters; later ones do."""
+    copied: list[str] = []
+    copy = staging.Stage._copy
+
+    async def noting(self: staging.Stage, connection: Connection, into: bytes, rows: Any) -> None:
+        copied.append(into.decode())
+        await copy(self, connection, into, rows)
+
+    monkeypatch.setattr(staging.Stage, "_copy", noting)
+    monkeypatch.setattr(staging, "COPY_FROM_ROWS", 1)
+    monkeypatch.setattr(staging, "STAGE_FROM_ROWS", 1)
+    monkeypatch.setattr(staging, "BATCH_ROWS", 7)
+    acme = await harness.add_connector(members=10)
+    names = [r"\N", r"back\slash \t", "tab\tline\nreturn\r", "\\.", "'\"{}"]
+    members = harness.simulator.truth("acme")["members"]
+    for member, name in zip(members, names, strict=False):
+        harness.simulator.mutate("acme", {"op": "member_update", "user_id": member["user_id"], "first_name": name})
+    await harness.poll(acme)
+    straight = {into.split()[1] for into in copied if '"rollcall"' in into}
+    assert straight == {'"rollcall"."members"', '"rollcall"."service_accounts"', '"rollcall"."credit_usage"'}
+    await harness.agree(acme)
+    copied.clear()
+    harness.simulator.mutate("acme", {"op": "random", "n": 20, "seed": 1, "kinds": KINDS})
+    await harness.poll(acme)
+    assert copied
+    assert not [into for into in copied if '"rollcall"' in into]
+    await harness.agree(acme)
 
 
 async def test_who_comes_back_finds_the_old_row(harness: Harness, monkeypatch: pytest.MonkeyPatch) -> None:

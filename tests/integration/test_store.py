@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -16,7 +17,7 @@ import pytest
 from psycopg import sql
 from psycopg.rows import dict_row
 
-from schemas.connectors import Dataset
+from schemas.connectors import Dataset, RunKind
 from tests.fixtures.harness import Harness
 from tests.fixtures.servers import revive
 from worker.dev.stack import EmbeddedStack
@@ -67,6 +68,44 @@ def test_two_places_may_migrate_at_once(empty_url: str) -> None:
     with ThreadPoolExecutor(4) as pool:
         applied = list(pool.map(migrate, [empty_url] * 4))
     assert sorted(map(len, applied)) == [0, 0, 0, len(migrations())]
+
+
+def test_parts_in_hand_outlive_a_migration(empty_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A ledger that was in use before a migration tells afterwards which of its parts are open."""
+    known = migrations()
+    monkeypatch.setattr(migrating, "migrations", lambda: known[:1])
+    migrate(empty_url)
+    with psycopg.connect(empty_url, autocommit=True) as connection:
+        connection.execute(
+            "INSERT INTO rollcall.sync_runs (id, connector_id, tenant_id, kind, requested_by, status)"
+            " SELECT gen_random_uuid(), gen_random_uuid(), 't1', 'poll', 'schedule', 'running'"
+        )
+        connection.execute(
+            "INSERT INTO rollcall.sync_parts (id, run_id, connector_id, kind, dataset, status)"
+            " SELECT gen_random_uuid(), id, connector_id, kind, status, status FROM (SELECT id, connector_id, kind FROM"
+            " rollcall.sync_runs) r, unnest('{queued,running,waiting,succeeded,failed,skipped}'::text[]) AS status"
+        )
+        monkeypatch.setattr(migrating, "migrations", lambda: known)
+        assert len(migrate(empty_url)) == len(known) - 1
+    found = dict(ask(empty_url, "SELECT status, open FROM rollcall.sync_parts"))
+    assert {status for status, is_open in found.items() if is_open} == {"queued", "running", "waiting"}
+    assert len(found) == 6
+
+
+def test_steps_of_a_part_move_no_index(empty_url: str) -> None:
+    """The indexes of parts hold nothing that a step moves but whether it is open: else each would write all of them."""
+    migrate(empty_url)
+    held = ask(
+        empty_url,
+        """
+        SELECT DISTINCT a.attname FROM pg_index i
+        JOIN pg_depend d ON d.objid = i.indexrelid AND d.refobjid = i.indrelid
+        JOIN pg_attribute a ON a.attrelid = d.refobjid AND a.attnum = d.refobjsubid
+        WHERE i.indrelid = 'rollcall.sync_parts'::regclass
+        """,
+    )
+    assert {name for (name,) in held} <= {"id", "run_id", "connector_id", "open"}
+    assert ("open",) in held
 
 
 def test_a_database_from_the_future_is_refused(empty_url: str) -> None:
@@ -358,6 +397,11 @@ async def test_hot_statements_use_indexes(harness: Harness) -> None:
         await runtime.dispatch.more([s.connector_id for s in sendings])
         await runtime.recovery.stalled(100)
         await runtime.recovery.unplanned()
+        await runtime.recovery.open_parts()
+        await runtime.recovery.give_up(8)
+        await runtime.recovery.bury()
+        await runtime.recovery.void_unclaimed([RunKind.POLL], waiting=0)
+        await runtime.recovery.look_after_published({0: datetime.now(UTC)})
     assert len(statements) >= 12
     looked = await psycopg.AsyncConnection.connect(
         runtime.settings.require_database().get_secret_value(), autocommit=True, row_factory=dict_row

@@ -168,7 +168,7 @@ async def repeated(once: Callable[[], Awaitable[T]]) -> T:
 
     Raises:
         TryLater: Postgres is away, or the repeats are used up.
-        ContractBroken: the data cannot be written (SQLSTATE class 22 or 23).
+        ContractBroken: the data cannot be written (SQLSTATE class 21, 22 or 23).
 
     """
     for attempt in range(REPEATS):
@@ -178,7 +178,8 @@ async def repeated(once: Callable[[], Awaitable[T]]) -> T:
             except (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected):
                 # Caught in here, since to the driver these are failures of the server as well.
                 await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - jitter, no secret
-            except (psycopg.DataError, psycopg.IntegrityError) as error:
+            except (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.CardinalityViolation) as error:
+                # The last of them: a key twice in one statement. As two rows it would violate the key's constraint.
                 raise ContractBroken("unwritable", f"SQLSTATE {error.sqlstate}: {_constraint(error)}") from error
     raise TryLater("database_contended", "Postgres asked for too many repeats of one transaction.")
 

@@ -246,40 +246,28 @@ def _spans(days: Iterable[tuple[Observation, str, date, str]]) -> list[_Span]:
 _ROWS = Stage(
     "staged_usage",
     (
-        ("t", "text"),
-        ("c", "text"),
-        ("d", "text"),
-        ("b", "text"),
-        ("k", "text"),
-        ("u", "text"),
-        ("l", "text"),
-        ("a", "text"),
-        ("v", "bigint"),
+        ("tenant_id", "text"),
+        ("connector_id", "text"),
+        ("dimension", "text"),
+        ("bucket_start", "text"),
+        ("bucket_key", "text"),
+        ("unit", "text"),
+        ("label", "text"),
+        ("amount", "text"),
+        ("version", "bigint"),
     ),
     sql.SQL(
         """
         INSERT INTO rollcall.credit_usage
             (tenant_id, connector_id, dimension, bucket_start, bucket_key, unit, label, amount, version)
-        SELECT t, c::uuid, d, b::date, k, u, l, a::numeric, v FROM {source}
+        SELECT tenant_id, connector_id::uuid, dimension, bucket_start::date, bucket_key, unit, label, amount::numeric,
+               version
+        FROM {source}
         ON CONFLICT (connector_id, dimension, bucket_start, bucket_key, unit) DO UPDATE SET
             label = excluded.label, amount = excluded.amount, version = excluded.version
         """
     ),
-    {},
-    (
-        "credit_usage",
-        (
-            "tenant_id",
-            "connector_id",
-            "dimension",
-            "bucket_start",
-            "bucket_key",
-            "unit",
-            "label",
-            "amount",
-            "version",
-        ),
-    ),
+    target="credit_usage",
 )
 """Every row of whole days. Ids and days travel as text: they are written once for many rows."""
 

@@ -29,8 +29,7 @@ class Stage:
         columns: names and types in which the rows travel.
         statement: what is done with them; it reads them from `{source}`.
         names: what else the statement leaves open.
-        target: the table that new rows go straight into, and its columns; without it they travel otherwise than they
-            stand.
+        target: the table that new rows go straight into, if its columns are named like these and read the same text.
 
     """
 
@@ -38,7 +37,7 @@ class Stage:
     columns: tuple[tuple[LiteralString, LiteralString], ...]
     statement: sql.SQL
     names: Mapping[str, sql.Composable] = field(default_factory=dict)
-    target: tuple[LiteralString, Sequence[LiteralString]] | None = None
+    target: LiteralString | None = None
 
     async def run(self, connection: Connection, rows: Sequence[Sequence[Any]], *, new: bool = False) -> None:
         """Run the statement for all rows, some thousand at a time, inside the caller's transaction.
@@ -49,11 +48,12 @@ class Stage:
             psycopg.Error: what Postgres says of a row.
 
         """
-        if new and self.target and len(rows) >= COPY_FROM_ROWS:
-            await self._copy(connection, self._straight(*self.target), rows)
-            return
+        straight = new and self.target and len(rows) >= COPY_FROM_ROWS
         for at in range(0, len(rows), BATCH_ROWS):
             some = rows[at : at + BATCH_ROWS]
+            if straight:
+                await self._copy(connection, self._into_target, some)
+                continue
             if len(some) < STAGE_FROM_ROWS:
                 await connection.execute(self._from_arrays, [list(column) for column in zip(*some, strict=True)])
                 continue
@@ -85,10 +85,11 @@ class Stage:
     def _empty(self) -> bytes:
         return sql.SQL("TRUNCATE {}").format(self._table).as_bytes()
 
-    @staticmethod
-    def _straight(table: LiteralString, columns: Sequence[LiteralString]) -> bytes:
-        names = sql.SQL(", ").join(map(sql.Identifier, columns))
-        return sql.SQL("COPY {} ({}) FROM STDIN").format(sql.Identifier("rollcall", table), names).as_bytes()
+    @cached_property
+    def _into_target(self) -> bytes:
+        names = sql.SQL(", ").join(sql.Identifier(name) for name, _ in self.columns)
+        table = sql.Identifier("rollcall", self.target or "")
+        return sql.SQL("COPY {} ({}) FROM STDIN").format(table, names).as_bytes()
 
     @cached_property
     def _into(self) -> bytes:

@@ -51,17 +51,17 @@ class Table:
         names = [c.name for c in self.columns]
         statement = """
             INSERT INTO rollcall.{table} (tenant_id, connector_id, version, {key}, {columns})
-            SELECT t, c::uuid, v, k, {values} FROM {source}
+            SELECT tenant_id, connector_id::uuid, version, {key}, {values} FROM {source}
             ON CONFLICT (connector_id, {key}) DO UPDATE SET
                 version = excluded.version, changed_at = now(), removed_at = NULL, {updates}
             """
         return Stage(
             f"staged_{self.name}",
             (
-                ("t", "text"),
-                ("c", "text"),
-                ("v", "bigint"),
-                ("k", "text"),
+                ("tenant_id", "text"),
+                ("connector_id", "text"),
+                ("version", "bigint"),
+                (self.key, "text"),
                 *((c.name, wire_type(c.type)) for c in self.columns),
             ),
             sql.SQL(statement),
@@ -72,9 +72,7 @@ class Table:
                 "values": sql.SQL(", ").join(_from_wire(c) for c in self.columns),
                 "updates": sql.SQL(", ").join(sql.SQL("{0} = excluded.{0}").format(sql.Identifier(n)) for n in names),
             },
-            (self.name, ["tenant_id", "connector_id", "version", self.key, *names])
-            if not any(c.type == "text[]" for c in self.columns)
-            else None,
+            None if any(c.type == "text[]" for c in self.columns) else self.name,
         )
 
     @cached_property
