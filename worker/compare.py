@@ -109,7 +109,8 @@ def compare_usage(
         for subject, record in sorted(seen.items())
         if base.days.get(subject) != prints[subject]
     ]
-    days = {s: p for s, p in base.days.items() if day_of(s) >= horizon}
+    first = horizon.isoformat()
+    days = {s: p for s, p in base.days.items() if s[-len(first) :] >= first}  # a subject ends with its day
     following = Base(claim.number, days={**days, **prints})
     return Found(changes, held, known or sum(rows for _, rows in base.days.values()), following)
 

@@ -11,8 +11,11 @@ from typing import Any
 from uuid import UUID
 
 from redis.asyncio import Redis
+from redis.commands.core import AsyncScript
+from redis.exceptions import NoScriptError
 
 from schemas.connectors import Dataset
+from worker.autopipeline import AutoPipeline
 from worker.entries import Entry
 from worker.packing import unpack
 from worker.ports import Base, Claim, Head, Packed, Publication, Target
@@ -60,33 +63,35 @@ class RedisSnapshots:
 
     def __init__(self, redis: Redis, *, ceiling_entries: int) -> None:
         self._redis, self._ceiling = redis, ceiling_entries
+        self._pipeline = AutoPipeline(redis)
         self._publish = redis.register_script(_PUBLISH)
         self._note = redis.register_script(_NOTE)
         self._loaded = False
 
+    async def close(self) -> None:
+        """Fail what is under way; the client is its owner's."""
+        await self._pipeline.close()
+
     async def heads(self, claims: Sequence[Claim]) -> dict[UUID, Head]:
         """Read heads; see `worker.ports.Snapshots`."""
-        with answering():
-            async with self._redis.pipeline(transaction=False) as pipe:
-                for claim in claims:
-                    pipe.hmget(
-                        _key(claim.target, claim.dataset), "v", "d", *(("b",) if claim.dataset.dimension else ())
-                    )
-                found = await pipe.execute()
+        found = await self._pipeline.send(
+            *(
+                ("HMGET", _key(claim.target, claim.dataset), "v", "d", *(("b",) if claim.dataset.dimension else ()))
+                for claim in claims
+            )
+        )
         return {claim.part_id: _head(*fields) for claim, fields in zip(claims, found, strict=True)}
 
     async def load(self, target: Target, dataset: Dataset, version: int) -> Base | None:
         """Read a snapshot's records; see `worker.ports.Snapshots`."""
-        with answering():
-            v, blob = await self._redis.hmget(_key(target, dataset), ["v", "b"])
+        ((v, blob),) = await self._pipeline.send(("HMGET", _key(target, dataset), "v", "b"))
         if v is None or not isinstance(blob, bytes) or int(v) != version:
             return None
         return unpack(Packed(version, blob))
 
     async def note_digest(self, target: Target, dataset: Dataset, version: int, digest: str) -> None:
         """Renew a digest; see `worker.ports.Snapshots`."""
-        with answering():
-            await self._note(keys=[_key(target, dataset)], args=[str(version), digest])
+        await self._run(self._note, [_key(target, dataset)], [str(version), digest])
 
     async def publish(
         self,
@@ -110,12 +115,20 @@ class RedisSnapshots:
             arguments.append(2 * len(entry.fields))
             for name, value in entry.fields.items():
                 arguments += (name, value)
-        with answering():
-            if not self._loaded:
-                # Else the first publication is sent twice, and stays in memory with the error between.
-                self._loaded = bool(await self._redis.script_load(_PUBLISH))
-            answer = await self._publish(keys=[_key(target, dataset), stream_key(target.partition)], args=arguments)
+        if not self._loaded:
+            # Else the first publication is sent twice, and stays in memory with the error between.
+            self._loaded = bool(await self._pipeline.send(("SCRIPT LOAD", _PUBLISH)))
+        answer = await self._run(self._publish, [_key(target, dataset), stream_key(target.partition)], arguments)
         return Publication(answer.decode())
+
+    async def _run(self, script: AsyncScript, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
+        """Run a script; a server that was started anew does not know it."""
+        command = ("EVALSHA", script.sha, len(keys), *keys, *arguments)
+        try:
+            return (await self._pipeline.send(command))[0]
+        except NoScriptError:
+            await self._pipeline.send(("SCRIPT LOAD", script.script))
+            return (await self._pipeline.send(command))[0]
 
     async def forget(self, partition: int, connector_id: UUID) -> None:
         """Delete every snapshot of a connector."""

@@ -13,6 +13,7 @@ import hmac
 import os
 import re
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import Final
 from uuid import UUID
 
@@ -155,7 +156,9 @@ def _wrong(position: int, what: str) -> Misconfigured:
     return Misconfigured("vault_keys_malformed", f"ROLLCALL_VAULT_KEYS: entry {position}: {what}")
 
 
+@lru_cache(maxsize=1024)
 def _split(envelope: str) -> tuple[str, bytes, bytes]:
+    """Take an envelope apart; it is opened for each part of a connector, one after the other."""
     version, _, rest = envelope.partition(".")
     key_id, *texts = rest.split(".")
     if version != _VERSION or not _KEY_ID.fullmatch(key_id) or len(texts) != 2:  # noqa: PLR2004 - nonce, ciphertext

@@ -84,7 +84,7 @@ class Deaths:
 def access_after(row: AccessRow, verdict: Verdict, *, now: datetime) -> AccessRow:
     """Give the access row after an answer; an answer that says nothing on access leaves it."""
     if verdict.ok:
-        return replace(row, state=Access.GRANTED, reason=None, missing_permission=None, checked_at=now)
+        return AccessRow(row.dataset, Access.GRANTED, checked_at=now)
     if verdict.finding is Finding.UNAVAILABLE:
         return replace(row, state=Access.UNAVAILABLE, reason=verdict.reason, missing_permission=None, checked_at=now)
     if (reason := _DENIED.get(verdict.finding)) is None:

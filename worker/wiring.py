@@ -98,6 +98,7 @@ async def runtime(settings: Settings, application: str) -> AsyncIterator[Runtime
             settings.fetch_timeout_s * REQUESTS_OF_A_PART,
         )
         snapshots = RedisSnapshots(redis, ceiling_entries=settings.stream_ceiling_entries)
+        stack.push_async_callback(snapshots.close)
         days = calendar(settings)
         yield Runtime(
             settings=settings,

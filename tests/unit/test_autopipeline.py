@@ -1,0 +1,153 @@
+"""Auto-pipelining: who goes along with whom, and what each of them hears. The server is replaced."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import pytest
+from redis.exceptions import ConnectionError, ResponseError  # noqa: A004 - the driver's name
+
+from worker.autopipeline import PIPELINE_BYTES, AutoPipeline, Command
+from worker.errors import TryLater
+
+
+@dataclass(slots=True)
+class Server:
+    """Answers each command with its second word when `open` is set; `sent` are the pipelines that came."""
+
+    open: asyncio.Event = field(default_factory=asyncio.Event)
+    sent: list[list[Command]] = field(default_factory=list)
+    came: asyncio.Queue[None] = field(default_factory=asyncio.Queue)
+    away: bool = False
+
+    def pipeline(self, *, transaction: bool) -> Pipe:
+        assert not transaction
+        return Pipe(self)
+
+    async def answer(self, commands: Sequence[Command]) -> list[Any]:
+        self.sent.append(list(commands))
+        self.came.put_nowait(None)
+        await self.open.wait()
+        if self.away:
+            raise ConnectionError
+        return [ResponseError("wrong") if name == "BAD" else word for name, word, *_ in commands]
+
+
+@dataclass(slots=True)
+class Pipe:
+    server: Server
+    commands: list[Command] = field(default_factory=list)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.commands.clear()
+
+    def execute_command(self, *command: Any) -> None:
+        self.commands.append(command)
+
+    async def execute(self, *, raise_on_error: bool) -> list[Any]:
+        assert not raise_on_error
+        return await self.server.answer(self.commands)
+
+
+@pytest.fixture
+def server() -> Server:
+    return Server()
+
+
+@pytest.fixture
+def pipeline(server: Server) -> AutoPipeline:
+    return AutoPipeline(server)  # type: ignore[arg-type] # it is asked for pipelines only
+
+
+Sending = asyncio.Task[list[Any]]
+
+
+async def asking(pipeline: AutoPipeline, *commands: Command) -> Sending:
+    """Ask for commands, without waiting for the answers."""
+    task = asyncio.create_task(pipeline.send(*commands))
+    await asyncio.wait([task], timeout=0)
+    return task
+
+
+async def under_way(pipeline: AutoPipeline, server: Server, *later: Command) -> list[Sending]:
+    """Ask for one command, and for others once it is on its way."""
+    first = await asking(pipeline, ("GET", "first"))
+    await server.came.get()
+    return [first, *[await asking(pipeline, command) for command in later]]
+
+
+async def test_what_is_asked_for_meanwhile_goes_along_in_order(pipeline: AutoPipeline, server: Server) -> None:
+    """While a pipeline is under way the rest waits; then it is one pipeline, and everybody gets their answers."""
+    tasks = await under_way(pipeline, server, ("GET", "a"), ("GET", "b"))
+    several = await asking(pipeline, ("GET", "c"), ("GET", "d"))
+    server.open.set()
+    assert await asyncio.gather(*tasks, several) == [["first"], ["a"], ["b"], ["c", "d"]]
+    assert server.sent == [[("GET", "first")], [("GET", name) for name in "abcd"]]
+
+
+async def test_an_error_is_of_who_asked_for_it(pipeline: AutoPipeline, server: Server) -> None:
+    """A command that the server refuses costs nobody else's answer."""
+    tasks = await under_way(pipeline, server, ("GET", "a"), ("BAD", "b"), ("GET", "c"))
+    server.open.set()
+    _, a, b, c = await asyncio.gather(*tasks, return_exceptions=True)
+    assert (a, c) == (["a"], ["c"])
+    assert isinstance(b, ResponseError)
+
+
+async def test_a_server_that_is_away_fails_what_was_sent_and_no_more(pipeline: AutoPipeline, server: Server) -> None:
+    """Who was sent hears to try later; who asks afterwards is sent anew."""
+    tasks = await under_way(pipeline, server)
+    server.away = True
+    server.open.set()
+    with pytest.raises(TryLater, match="does not answer"):
+        await tasks[0]
+    server.away = False
+    assert await pipeline.send(("GET", "again")) == ["again"]
+
+
+async def test_what_nobody_waits_for_is_not_sent(pipeline: AutoPipeline, server: Server) -> None:
+    """Who is cancelled before their turn leaves nothing behind."""
+    tasks = await under_way(pipeline, server, ("SET", "a"), ("GET", "b"))
+    tasks[1].cancel()
+    await asyncio.wait([tasks[1]])
+    server.open.set()
+    assert await tasks[2] == ["b"]
+    assert server.sent[1] == [("GET", "b")]
+
+
+async def test_who_is_cancelled_under_way_costs_nobodys_answer(pipeline: AutoPipeline, server: Server) -> None:
+    """Answers stay in step when one of those who asked is gone by then."""
+    _, gone, left = await under_way(pipeline, server, ("GET", "gone"), ("GET", "left"))
+    server.open.set()
+    server.open.clear()
+    await server.came.get()
+    gone.cancel()
+    server.open.set()
+    assert await left == ["left"]
+
+
+async def test_large_ones_end_a_pipeline(pipeline: AutoPipeline, server: Server) -> None:
+    """Behind what is large the next pipeline begins, so that others wait for little of it."""
+    large = ("SET", "large", b"x" * PIPELINE_BYTES)
+    tasks = await under_way(pipeline, server, large, ("GET", "small"))
+    server.open.set()
+    await asyncio.gather(*tasks)
+    assert [len(sent) for sent in server.sent] == [1, 1, 1]
+
+
+async def test_closing_fails_what_waits(pipeline: AutoPipeline, server: Server) -> None:
+    """Nobody waits for ever: what was sent and what was not hear that it is over."""
+    tasks = await under_way(pipeline, server, ("GET", "a"))
+    await pipeline.close()
+    for task in tasks:
+        with pytest.raises(TryLater, match="closed"):
+            await task
