@@ -138,6 +138,6 @@ def clean(body: bytes) -> bytes:
 
     Each becomes U+FFFD, the replacement character. Only escapes can carry them: raw ones are no JSON.
     """
-    if not any(escape in body for escape in _SUSPECT):
+    if b"\\" not in body or not any(escape in body for escape in _SUSPECT):
         return body
     return _ESCAPE.sub(lambda found: rb"\ufffd" if found["bad"] else found[0], body)

@@ -95,8 +95,8 @@ async def _send_due(runtime: Runtime, waiting: int) -> bool:
     await deliver(dispatch, await dispatch.more(polls | bulk))
     due: list[Sending] = []
     most = min(room - len(polls), runtime.settings.dispatch_batch)
-    if most > 0:
-        due = await dispatch.due(most)
-        await deliver(dispatch, due)
+    async for some in dispatch.each_due(most):
+        await deliver(dispatch, some)
+        due += some
     taken = len(bulk) + sum(sending.kind in BULK for sending in due)
     return taken >= bulk_room or len(polls) >= room or len(due) >= most

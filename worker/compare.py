@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import date
+from typing import Final
 
 from schemas.events import Op
 from schemas.records import Listing, Record
@@ -13,6 +14,8 @@ from worker.changes import Change, GuardLimits, Missing, diff, guard, keep_rows,
 from worker.elevenlabs.asking import Page
 from worker.ports import Base, Claim, Fingerprints
 from worker.usage import day_digest, row_count
+
+DIGEST_DIGITS: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +33,13 @@ def answer_digest(claim: Claim, pages: tuple[Page, ...], settled: date) -> str:
 
     The request counts by its whole days: that its end is cut to now does not make it another question.
     """
-    digest = hashlib.blake2b(f"{claim.dataset}|{claim.window}|".encode(), digest_size=16)
+    digest = hashlib.sha256(f"{claim.dataset}|{claim.window}|".encode())
     if claim.window is not None:
         digest.update(settled.isoformat().encode())
     for page in pages:
         digest.update(f"|{page.billing}|{page.window}|{len(page.body)}|".encode())
         digest.update(page.body)
-    return digest.hexdigest()
+    return digest.hexdigest()[:DIGEST_DIGITS]
 
 
 def compare_records(claim: Claim, base: Base, seen: Listing, *, incomplete: bool, limits: GuardLimits) -> Found:

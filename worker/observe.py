@@ -151,16 +151,17 @@ async def _lanes(claims: Sequence[Claim], heads: Mapping[UUID, Head], ports: Por
 
 
 async def _lane(claims: Sequence[Claim], heads: Mapping[UUID, Head], ports: Ports, done: set[UUID]) -> list[Result]:
+    with bound(tenant=claims[0].target.tenant_id, connector=claims[0].target.connector_id):
+        return await _one_by_one(claims, heads, ports, done)
+
+
+async def _one_by_one(
+    claims: Sequence[Claim], heads: Mapping[UUID, Head], ports: Ports, done: set[UUID]
+) -> list[Result]:
     results: list[Result] = []
     dead: Verdict | None = None
     for claim in claims:
-        target = claim.target
-        with bound(
-            tenant=target.tenant_id,
-            connector=str(target.connector_id),
-            run=str(claim.run_id),
-            dataset=str(claim.dataset),
-        ):
+        with bound(run=claim.run_id, dataset=claim.dataset):
             result: Result = (
                 Failure(claim, dead) if dead else await _observe_one(claim, heads.get(claim.part_id, Head()), ports)
             )

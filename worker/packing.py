@@ -1,12 +1,12 @@
-"""Snapshots as they are kept: compressed JSON. Pure."""
+"""Snapshots as they are kept: JSON compressed as zlib does, by a library that needs a third of its time. Pure."""
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping
 
 import msgspec
 import orjson
+from isal import isal_zlib
 
 from schemas.records import Record
 from worker.ports import Base, Packed
@@ -43,10 +43,10 @@ class _Records(Mapping[str, Record]):
 def pack(base: Base) -> Packed:
     """Compress a snapshot; level 1, since it is written more often than it is kept."""
     document = orjson.dumps({"records": dict(base.records), "days": base.days})
-    return Packed(base.version, zlib.compress(document, 1))
+    return Packed(base.version, isal_zlib.compress(document, 1))
 
 
 def unpack(packed: Packed) -> Base:
     """Read a compressed snapshot."""
-    kept = _KEPT.decode(zlib.decompress(packed.blob))
+    kept = _KEPT.decode(isal_zlib.decompress(packed.blob))
     return Base(packed.version, records=_Records(kept.records), days=kept.days)

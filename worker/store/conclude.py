@@ -68,9 +68,11 @@ async def conclude(
     access = await _access(connection, ids)
     held = await _held(connection, ids)
     before = {cid: dict(rows) for cid, rows in access.items()}
+    in_time: dict[UUID, list[Outcome]] = {cid: [] for cid in ids}
     for outcome in outcomes:
         row = connectors.get(outcome.connector_id)
         if row is not None and outcome.number > row["version"]:
+            in_time[outcome.connector_id].append(outcome)
             rows = access[outcome.connector_id]
             rows[outcome.dataset] = access_after(
                 rows.get(outcome.dataset, AccessRow(outcome.dataset)), outcome.verdict, now=row["now"]
@@ -80,9 +82,8 @@ async def conclude(
     ended = {r["connector_id"] for r in finished.ended}
     moves: list[_Move] = []
     for connector_id, row in connectors.items():
-        mine = [o for o in outcomes if o.connector_id == connector_id and o.number > row["version"]]
         rows, old = access[connector_id], before[connector_id]
-        health = await _judge(connection, row, mine, rows, connector_id in ended, held)
+        health = await _judge(connection, row, in_time[connector_id], rows, connector_id in ended, held)
         changed = _differs(old, rows)
         if health_of(row) != health or (changed and health.status is Status.DEGRADED):
             moves.append(_Move(row, health, rows, changed))
@@ -108,14 +109,18 @@ async def _judge(
     final: bool,
     held: set[UUID],
 ) -> Health:
-    health = health_of(row)
+    health, proven = health_of(row), False
     for outcome in outcomes:
         if proves_alive(outcome.verdict):
+            if proven:
+                continue  # what is proven once more changes nothing
             known = final or health.status is not Status.PENDING
             health = alive(health, derive(access, removals_held=row["id"] in held, final=known))
+            proven = True
         elif outcome.verdict.finding in DOUBTS:
             deaths = await _deaths(connection, row["id"])
             health = doubted(health, outcome.verdict, run_id=str(outcome.run_id), deaths=deaths, now=row["now"])
+            proven = False
     if final and health.status is Status.PENDING and any(r.state is not Access.UNKNOWN for r in access.values()):
         health = alive(health, derive(access, removals_held=row["id"] in held, final=True))
     return health

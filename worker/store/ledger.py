@@ -71,7 +71,8 @@ class PgLedger:
                     " error_reason = 'connector_not_live' WHERE id = ANY(%b) AND status = 'queued'",
                     [idle],
                 )
-            claims = {r["id"]: _claim(r) for r in fit}
+            targets = {r["connector_id"]: _target(r) for r in fit}
+            claims = {r["id"]: _claim(r, targets[r["connector_id"]]) for r in fit}
             if not claims:
                 return []
             most = max(Counter(c.target.connector_id for c in claims.values()).values())
@@ -248,21 +249,25 @@ def _may_ask(row: Row) -> bool:
     return status in LIVE or (status is Status.DISCONNECTED and row["dataset"] == Dataset.WORKSPACE)
 
 
-def _claim(row: Row) -> Claim:
+def _target(row: Row) -> Target:
+    return Target(
+        row["connector_id"],
+        row["tenant_id"],
+        row["base_url"],
+        row["sealed_key"],
+        row["partition"],
+        row["cost_since"],
+    )
+
+
+def _claim(row: Row, target: Target) -> Claim:
     start, end = row["window_start"], row["window_end"]
     return Claim(
         part_id=row["id"],
         run_id=row["run_id"],
         kind=RunKind(row["kind"]),
         dataset=Dataset(row["dataset"]),
-        target=Target(
-            row["connector_id"],
-            row["tenant_id"],
-            row["base_url"],
-            row["sealed_key"],
-            row["partition"],
-            row["cost_since"],
-        ),
+        target=target,
         number=draw(row["claimed"], row["now"]),
         version=row["version"],
         as_of=row["as_of"],

@@ -10,7 +10,7 @@ from uuid import UUID
 from schemas.connectors import RunKind
 from worker.store.conclude import conclude, lock_connectors
 from worker.store.db import Connection, Database
-from worker.store.sending import SENT_LEASE
+from worker.store.taking import SENT_LEASE
 
 PLAN_AFTER = timedelta(seconds=30)
 """A run that nobody planned for so long has lost its message."""

@@ -7,7 +7,7 @@ since a part whose lease is over is due again.
 from __future__ import annotations
 
 import random
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from uuid import UUID, uuid4
@@ -19,9 +19,10 @@ from worker.store.announcements import announce
 from worker.store.conclude import access_row
 from worker.store.db import Connection, Database, Row
 from worker.store.runs import SCHEDULER, insert_parts, run_announcement, speaks
+from worker.store.taking import Born, bulk_room, take
 
-SENT_LEASE = timedelta(seconds=120)
-"""How long a message may stay unclaimed at most before its parts are sent again; a tick mostly knows sooner."""
+AT_ONCE = 4 * plan.POLLS_PER_MESSAGE
+"""How many connectors are claimed in one transaction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +46,20 @@ class Dispatch:
 
         Safe from two places at once: a connector is claimed by one of them.
         """
+        return [sending async for some in self.each_due(most) for sending in some]
 
-        async def work(connection: Connection) -> list[Sending]:
+    async def each_due(self, most: int) -> AsyncIterator[list[Sending]]:
+        """Claim connectors that are due some at a time: the first are asked while the next are planned."""
+        while most > 0:
+            wanted = min(most, AT_ONCE)
+            claimed, sendings = await self._claim_due(wanted)
+            yield sendings
+            if claimed < wanted:
+                return
+            most -= claimed
+
+    async def _claim_due(self, most: int) -> tuple[int, list[Sending]]:
+        async def work(connection: Connection) -> tuple[int, list[Sending]]:
             rows = await connection.execute(
                 """
                 SELECT *, now() AS now FROM rollcall.connectors
@@ -57,20 +70,24 @@ class Dispatch:
             )
             connectors = {row["id"]: row async for row in rows}
             if not connectors:
-                return []
-            await self._start_runs(connection, connectors)
+                return 0, []
+            born, busy = await self._start_runs(connection, connectors)
             await self._reschedule(connection, connectors)
-            return await self._take(connection, list(connectors))
+            now = next(iter(connectors.values()))["now"]
+            return len(connectors), await take(connection, busy, now, born=born)
 
         return await self._db.transaction(work)
 
-    async def _start_runs(self, connection: Connection, connectors: Mapping[UUID, Row]) -> None:
-        busy = await connection.execute(
+    async def _start_runs(
+        self, connection: Connection, connectors: Mapping[UUID, Row]
+    ) -> tuple[list[Born], list[UUID]]:
+        """Start runs; give their parts, which are not written yet, and the connectors that had runs under way."""
+        rows = await connection.execute(
             "SELECT connector_id, kind FROM rollcall.sync_runs"
             " WHERE connector_id = ANY(%b) AND status IN ('queued', 'running')",
             [list(connectors)],
         )
-        active = {(row["connector_id"], row["kind"]) async for row in busy}
+        active = {(row["connector_id"], row["kind"]) async for row in rows}
         kinds = {cid: self._kind(row, active) for cid, row in connectors.items()}
         runs = {cid: uuid4() for cid, kind in kinds.items() if (cid, kind) not in active}
         access = await access_of(connection, list(runs))
@@ -103,24 +120,27 @@ class Dispatch:
             ],
         )
         announced = [run_announcement(r, connectors[r["connector_id"]]) async for r in started if speaks(r)]
-        parts = [(cid, run_id, part) for cid, run_id in runs.items() for part in planned[cid]]
-        await connection.execute(
-            """
-            INSERT INTO rollcall.sync_parts (id, run_id, connector_id, kind, dataset, window_start, window_end)
-            SELECT * FROM unnest(%b::uuid[], %b::uuid[], %b::uuid[], %b::text[], %b::text[], %b::date[],
-                                 %b::date[])
-            """,
-            [
-                [uuid4() for _ in parts],
-                [run_id for _, run_id, _ in parts],
-                [cid for cid, _, _ in parts],
-                [str(kinds[cid]) for cid, _, _ in parts],
-                [str(p.dataset) for _, _, p in parts],
-                [p.start for _, _, p in parts],
-                [p.end for _, _, p in parts],
-            ],
-        )
         await announce(connection, announced)
+        born = [
+            Born(
+                cid,
+                OpenPart(
+                    id=uuid4(),
+                    run_id=run_id,
+                    kind=kinds[cid],
+                    dataset=part.dataset,
+                    start=part.start,
+                    not_before=connectors[cid]["now"],
+                    lane=None,
+                    asking=False,
+                    applying=False,
+                ),
+                part.end,
+            )
+            for cid, run_id in runs.items()
+            for part in planned[cid]
+        ]
+        return born, sorted({cid for cid, _ in active})
 
     def _kind(self, row: Row, active: Collection[tuple[UUID, str]]) -> RunKind:
         if row["status"] == Status.DISCONNECTED:
@@ -179,7 +199,7 @@ class Dispatch:
                     calendar=self._schedule.calendar,
                 )
                 await insert_parts(connection, run_id, row["id"], kind, parts)
-            return await self._take(connection, [row["id"]])
+            return await take(connection, [row["id"]], row["now"])
 
         return await self._db.transaction(work)
 
@@ -191,10 +211,12 @@ class Dispatch:
 
         async def work(connection: Connection) -> list[Sending]:
             rows = await connection.execute(
-                "SELECT id FROM rollcall.connectors WHERE id = ANY(%b) ORDER BY id FOR NO KEY UPDATE SKIP LOCKED",
+                "SELECT id, now() AS now FROM rollcall.connectors WHERE id = ANY(%b)"
+                " ORDER BY id FOR NO KEY UPDATE SKIP LOCKED",
                 [sorted(connector_ids)],
             )
-            return await self._take(connection, [row["id"] async for row in rows])
+            free = [(row["id"], row["now"]) async for row in rows]
+            return await take(connection, [cid for cid, _ in free], free[0][1]) if free else []
 
         return await self._db.transaction(work) if connector_ids else []
 
@@ -210,92 +232,9 @@ class Dispatch:
 
         await self._db.transaction(work)
 
-    async def _take(self, connection: Connection, connector_ids: Sequence[UUID]) -> list[Sending]:
-        # Of a long backlog only what may be next is read: of each dataset what is asked, and the newest that is due.
-        rows = await connection.execute(
-            """
-            SELECT DISTINCT ON (p.connector_id, p.kind, p.dataset, asking)
-                   p.id, p.run_id, p.connector_id, p.kind, p.dataset, p.window_start, p.not_before, p.lane,
-                   p.lane IS NOT NULL AND coalesce(p.lease_until > now(), false) AS asking,
-                   coalesce(a.lease_until > now(), false) AS applying, now() AS now
-            FROM rollcall.sync_parts p
-            JOIN rollcall.connector_access a ON a.connector_id = p.connector_id AND a.dataset = p.dataset
-            WHERE p.connector_id = ANY(%b) AND p.open
-            ORDER BY p.connector_id, p.kind, p.dataset, asking, p.not_before <= now() DESC, p.window_start DESC
-            """,
-            [list(connector_ids)],
-        )
-        by_connector: dict[UUID, list[Row]] = {}
-        async for row in rows:
-            by_connector.setdefault(row["connector_id"], []).append(row)
-        room = 0
-        if _any_bulk(by_connector):
-            # Takers of bulk parts count one after the other.
-            await connection.execute("SELECT pg_advisory_xact_lock(hashtext('rollcall bulk'))")
-            room = await _bulk_room(connection)
-        sendings = []
-        for cid, found in by_connector.items():
-            sending = plan.pick(cid, [_open_part(r) for r in found], now=found[0]["now"], allow_bulk=room > 0)
-            if sending is not None:
-                room -= sending.kind is not RunKind.POLL
-                sendings.append(sending)
-        # Leases of one message end together, those of two do not: so messages can be counted.
-        sent = [
-            (part_id, lane, SENT_LEASE + n * timedelta.resolution)
-            for n, message in enumerate(plan.messages(sendings))
-            for sending in message
-            for part_id, lane in sending.lanes.items()
-        ]
-        if sent:
-            await connection.execute(
-                """
-                UPDATE rollcall.sync_parts p SET status = 'queued', lane = n.lane, lease_until = now() + n.lease
-                FROM unnest(%b::uuid[], %b::smallint[], %b::interval[]) AS n (id, lane, lease) WHERE p.id = n.id
-                """,
-                [[part_id for part_id, _, _ in sent], [lane for _, lane, _ in sent], [lease for _, _, lease in sent]],
-            )
-        return sendings
-
     async def bulk_room(self) -> int:
         """Count the connectors whose backfills and reconciles may be asked now; others may take the room meanwhile."""
-        return await self._db.statement(_bulk_room)
-
-
-async def _bulk_room(connection: Connection) -> int:
-    """Count the connectors whose backfills and reconciles may still leave: full messages for half of all slots.
-
-    Parts of one message are claimed in one transaction: as when they were sent, their leases end at the same moment,
-    and those of two messages do not.
-    """
-    rows = await connection.execute(
-        """
-        SELECT greatest(1, (SELECT coalesce(sum(slots), 0) FROM rollcall.workers
-                            WHERE seen_at > now() - interval '60 seconds') / 2)
-               - (SELECT count(DISTINCT lease_until) FROM rollcall.sync_parts
-                  WHERE open AND kind <> 'poll' AND lane IS NOT NULL AND lease_until > now()
-                    AND status <> 'waiting') AS room
-        """
-    )
-    row = await rows.fetchone()
-    return max(0, int(row["room"])) * plan.BULK_PER_MESSAGE if row else 0
-
-
-def _any_bulk(by_connector: Mapping[UUID, Sequence[Row]]) -> bool:
-    return any(row["kind"] != RunKind.POLL for rows in by_connector.values() for row in rows)
-
-
-def _open_part(row: Row) -> OpenPart:
-    return OpenPart(
-        id=row["id"],
-        run_id=row["run_id"],
-        kind=RunKind(row["kind"]),
-        dataset=Dataset(row["dataset"]),
-        start=row["window_start"],
-        not_before=row["not_before"],
-        lane=row["lane"],
-        asking=row["asking"],
-        applying=row["applying"],
-    )
+        return await self._db.statement(bulk_room)
 
 
 async def access_of(connection: Connection, ids: Sequence[UUID]) -> dict[UUID, dict[Dataset, AccessRow]]:
