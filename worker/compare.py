@@ -12,6 +12,7 @@ from schemas.events import Op
 from schemas.records import Listing, Record
 from worker.changes import Change, GuardLimits, Missing, diff, guard, keep_rows, merged, row_subjects
 from worker.elevenlabs.asking import Page
+from worker.packing import Kept
 from worker.ports import Base, Claim, Fingerprints
 from worker.usage import day_digest, row_count
 
@@ -54,8 +55,9 @@ def compare_records(claim: Claim, base: Base, seen: Listing, *, incomplete: bool
         run_id=str(claim.run_id),
         limits=limits,
     )
+    unlike = base.records.unlike(seen) if isinstance(base.records, Kept) else seen
     return Found(
-        changes=diff(base.records, seen, remove=guarded.remove),
+        changes=diff(base.records, unlike, remove=guarded.remove),
         held=guarded.held,
         known=len(base.records),
         following=Base(claim.number, records=merged(base.records, seen, guarded.remove)),

@@ -8,20 +8,20 @@ import msgspec
 import orjson
 from isal import isal_zlib
 
-from schemas.records import Record
+from schemas.records import Listing, Record
 from worker.ports import Base, Packed
 
 
-class _Kept(msgspec.Struct):
+class _Snapshot(msgspec.Struct):
     records: dict[str, msgspec.Raw]
     days: dict[str, tuple[str, int]]
 
 
-_KEPT = msgspec.json.Decoder(_Kept)
+_SNAPSHOT = msgspec.json.Decoder(_Snapshot)
 _RECORD = msgspec.json.Decoder(Record)
 
 
-class _Records(Mapping[str, Record]):
+class Kept(Mapping[str, Record]):
     """Records that are decoded one by one, when they are looked at: all at once, a large listing takes much memory."""
 
     def __init__(self, kept: dict[str, msgspec.Raw]) -> None:
@@ -39,6 +39,15 @@ class _Records(Mapping[str, Record]):
     def __len__(self) -> int:
         return len(self._kept)
 
+    def unlike(self, seen: Listing) -> Listing:
+        """Give what of a listing would not be written the way it is kept: all else is the same without a look."""
+        kept = self._kept
+        return {
+            subject: record
+            for subject, record in seen.items()
+            if (raw := kept.get(subject)) is None or bytes(raw) != orjson.dumps(record)
+        }
+
 
 def pack(base: Base) -> Packed:
     """Compress a snapshot; level 1, since it is written more often than it is kept."""
@@ -48,5 +57,5 @@ def pack(base: Base) -> Packed:
 
 def unpack(packed: Packed) -> Base:
     """Read a compressed snapshot."""
-    kept = _KEPT.decode(isal_zlib.decompress(packed.blob))
-    return Base(packed.version, records=_Records(kept.records), days=kept.days)
+    kept = _SNAPSHOT.decode(isal_zlib.decompress(packed.blob))
+    return Base(packed.version, records=Kept(kept.records), days=kept.days)
