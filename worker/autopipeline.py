@@ -1,4 +1,4 @@
-"""Auto-pipelining: what tasks ask of Redis while a pipeline is under way goes along with the next one.
+"""Auto-pipelining: what tasks ask of Redis while others are under way shares the next pipeline.
 
 A round trip of its own costs a command several times what it costs in a pipeline, here and at the server.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
-from contextlib import suppress
 from typing import Any, Final
 
 from redis.asyncio import Redis
@@ -18,23 +17,26 @@ from worker.redis import answering
 Command = tuple[Any, ...]
 """A command's name and arguments, as the driver takes them."""
 
-PIPELINE_BYTES: Final = 1_000_000
+AT_ONCE: Final = 2
+"""Pipelines under way: the server works on one while the next is written."""
+PIPELINE_BYTES: Final = 100_000
 """A pipeline takes no more once it is that large: nobody waits long behind what is large."""
 
 
 class AutoPipeline:
-    """Sends commands in the order in which they were asked for; each succeeds or fails by itself.
+    """Sends the commands of a task next to each other; each succeeds or fails by itself.
 
-    When the server is away, all of a pipeline fail. Whoever makes it closes it.
+    Those of two tasks may overtake each other. When the server is away, all of a pipeline fail. Whoever makes it
+    closes it.
     """
 
     def __init__(self, redis: Redis) -> None:
         self._redis = redis
         self._waiting: list[_Asked] = []
-        self._sending: asyncio.Task[None] | None = None
+        self._sending: set[asyncio.Task[None]] = set()
 
     async def send(self, *commands: Command) -> list[Any]:
-        """Send commands next to each other; return their answers.
+        """Send commands in one pipeline, others' perhaps before and behind them; return the answers.
 
         Raises:
             TryLater: the server is away, or refuses to write; who asked does not know whether it was done.
@@ -44,8 +46,8 @@ class AutoPipeline:
         loop = asyncio.get_running_loop()
         asked = _Asked(commands, loop.create_future())
         self._waiting.append(asked)
-        if self._sending is None:
-            self._sending = loop.create_task(self._send(), name="redis pipeline")
+        if len(self._sending) < AT_ONCE:
+            self._sending.add(loop.create_task(self._send(), name="redis pipeline"))
         answers = await asked.answers
         for answer in answers:
             if isinstance(answer, Exception):
@@ -54,11 +56,13 @@ class AutoPipeline:
         return answers
 
     async def close(self) -> None:
-        """Fail what still waits."""
-        if self._sending is not None:
-            self._sending.cancel()
-            with suppress(asyncio.CancelledError):
-                await self._sending
+        """Fail what is under way and what waits."""
+        for task in (sending := list(self._sending)):
+            task.cancel()
+        await asyncio.gather(*sending, return_exceptions=True)
+        waiting, self._waiting = self._waiting, []
+        for asked in waiting:
+            asked.fail(_closed())
 
     async def _send(self) -> None:
         some: Sequence[_Asked] = ()
@@ -74,10 +78,9 @@ class AutoPipeline:
                     for asked in some:
                         asked.answer([answers.pop() for _ in asked.commands])
         finally:
-            self._sending = None
-            for asked in (*some, *self._waiting):
-                asked.fail(TryLater("redis_unreachable", "The connection to Redis was closed."))
-            self._waiting.clear()
+            self._sending -= {asyncio.current_task()}  # at once: whoever asks from now on is not taken along
+            for asked in some:
+                asked.fail(_closed())
 
     def _take(self) -> Sequence[_Asked]:
         """Take from the front what goes along now; what nobody waits for any more is not sent."""
@@ -101,6 +104,10 @@ class AutoPipeline:
             answers: list[Any] = await pipe.execute(raise_on_error=False)
         answers.reverse()
         return answers
+
+
+def _closed() -> TryLater:
+    return TryLater("redis_unreachable", "The connection to Redis was closed.")
 
 
 class _Asked:

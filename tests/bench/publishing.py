@@ -30,7 +30,7 @@ from worker.ports import Base, Publication, Target
 from worker.redis import client as redis_client
 from worker.snapshots import RedisSnapshots, stream_key
 
-SIZES = {"members": Size(connectors=500), "large": Size(connectors=20, members=5_000)}
+SIZES = {"members": Size(connectors=1_500), "large": Size(connectors=60, members=5_000)}
 QUICK_SIZES = {"members": Size(connectors=20), "large": Size(connectors=2, members=1_000)}
 NUMBER = 1
 
@@ -117,7 +117,7 @@ class Publishing:
         """Move as many events, always the same bytes, through a raw stream."""
         self.stage.note("raw stream")
         with self.stage.fresh() as place:
-            asked = {"redis_url": place.redis_url, "entries": 20 if self.stage.quick else 400}
+            asked = {"redis_url": place.redis_url, "entries": 20 if self.stage.quick else 1_000}
             found, seen = run_apart("tests.bench.floors:stream", asked, servers={})
         rate = found["events"] / found["write_s"]
         return {**{f"{what}.events_per_s": rate for what in SIZES}, "foreign_cores": seen.foreign_cores}
@@ -131,7 +131,7 @@ def _prepare(stage: Stage) -> Iterator[Mapping[str, Side]]:
 
 CASE = Case(
     "publish",
-    "publishing alone: new members of 500 small listings and of 20 large ones, from memory to the streams",
+    "publishing alone: new members of 1,500 small listings and of 60 large ones, from memory to the streams",
     _prepare,
     {"publish": "stream"},
 )
