@@ -128,7 +128,12 @@ def guard(
 def row_subjects(record: Record) -> list[str]:
     """Name the rows of a usage day, in their order: `<the day's subject>#<key>|<unit>`."""
     day = f"usage/{record['dimension']}/{record['bucket_start']}"
-    return [f"{day}#{row['key']}|{row['unit']}" for row in record["rows"]]
+    return [f"{day}#{row_name(row['key'], row['unit'])}" for row in record["rows"]]
+
+
+def row_name(key: str, unit: str) -> str:
+    """Name a row within its day."""
+    return f"{key}|{unit}"
 
 
 def keep_rows(before: Record, after: Record, keep: Collection[str]) -> Record:

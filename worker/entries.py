@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Any, TypeAlias, TypedDict
+from typing import Any, TypeAlias, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict
 
 from schemas.connectors import Dataset
 from schemas.events import MAX_BATCH, SUBJECT_TYPES, Op, padded, source_of, timestamp
+from schemas.records import Record
 from worker.changes import Change
 
 Fields: TypeAlias = Mapping[bytes, bytes]
@@ -46,6 +47,45 @@ class Report(BaseModel):
     incomplete: str | None = None
 
 
+class RecordStep(msgspec.Struct, gc=False):
+    """Of a record's event what the writer reads; the rest, most of it, is skipped undecoded."""
+
+    op: str
+    after: Record | None
+
+
+class UsageRow(msgspec.Struct, gc=False):
+    """A row of a usage day."""
+
+    key: str
+    unit: str
+    label: str | None
+    amount: str
+
+
+class UsageDayStep(msgspec.Struct, gc=False):
+    """Of a usage day's event what the writer reads."""
+
+    dimension: str
+    bucket_start: str
+    settled: bool
+    rows: list[UsageRow]
+
+
+class RecordEvent(msgspec.Struct, gc=False):
+    """What happened to a record; without a subject it is broken, and whoever writes it says so."""
+
+    data: RecordStep
+    subject: str = ""
+
+
+class UsageDayEvent(msgspec.Struct, gc=False):
+    """What a usage day has become."""
+
+    subject: str
+    data: UsageDayStep
+
+
 @dataclass(frozen=True, slots=True)
 class Observation:
     """The answer of one part, whole: `base` is the version it was compared with, `sequence` its number."""
@@ -56,8 +96,14 @@ class Observation:
     sequence: int
     part_id: UUID
     report: Report
-    events: Sequence[Mapping[str, Any]] = ()
+    records: Sequence[RecordEvent] = ()
+    days: Sequence[UsageDayEvent] = ()
     entries: Sequence[Entry] = ()
+
+    @property
+    def changes(self) -> int:
+        """How many different events it holds: of records, or of usage days."""
+        return len(self.records) + len(self.days)
 
 
 def batches(
@@ -180,7 +226,7 @@ def assemble(entries: Iterable[Entry]) -> Reading:
             except (msgspec.MsgspecError, ValueError, KeyError, TypeError) as error:
                 reading.broken.append(Broken(tuple(reading.tail), type(error).__name__))
             else:
-                if len(observation.events) == observation.report.changes:
+                if observation.changes == observation.report.changes:
                     reading.whole.append(observation)
                 else:
                     reading.passed += [piece.id for piece in reading.tail]
@@ -194,40 +240,27 @@ def _key(entry: Entry) -> tuple[bytes, ...]:
 
 def _observation(pieces: Sequence[Entry]) -> Observation:
     fields = pieces[-1].fields
-    events = {event["id"]: event for piece in pieces for event in _events(piece)}
+    dataset = Dataset(fields[b"dataset"].decode())
     return Observation(
         connector_id=UUID(fields[b"connector"].decode()),
-        dataset=Dataset(fields[b"dataset"].decode()),
+        dataset=dataset,
         base=int(fields[b"base"]),
         sequence=int(fields[b"sequence"]),
         part_id=UUID(fields[b"part"].decode()),
         report=Report.model_validate_json(fields[b"report"]),
-        events=list(events.values()),
+        records=() if dataset.dimension else _events(_RECORDS, pieces),
+        days=_events(_DAYS, pieces) if dataset.dimension else (),
         entries=tuple(pieces),
     )
 
 
-class _Data(TypedDict, total=False):
-    op: Any
-    after: Any
-    dimension: Any
-    bucket_start: Any
-    interval_s: Any
-    settled: Any
-    rows: Any
-    totals: Any
+_Event = TypeVar("_Event", RecordEvent, UsageDayEvent)
+_RECORDS = msgspec.json.Decoder(list[RecordEvent])
+_DAYS = msgspec.json.Decoder(list[UsageDayEvent])
 
 
-class _Event(TypedDict, total=False):
-    """What the writer reads of an event: the rest, most of it, is skipped undecoded, at a fifth of the time."""
-
-    id: Any
-    subject: Any
-    data: _Data
-
-
-_DECODER = msgspec.json.Decoder(list[_Event])
-
-
-def _events(piece: Entry) -> list[_Event]:
-    return _DECODER.decode(piece.fields[b"ce"])
+def _events(decoder: msgspec.json.Decoder[list[_Event]], pieces: Sequence[Entry]) -> Sequence[_Event]:
+    events = [event for piece in pieces for event in decoder.decode(piece.fields[b"ce"])]
+    if len(pieces) > 1:  # one of them may be repeated
+        return list({event.subject: event for event in events}.values())
+    return events

@@ -101,8 +101,8 @@ class Publishing:
                 for partition in range(observing.PARTITIONS):
                     rows: list[Any] = redis.xrange(stream_key(partition)) or []
                     stood += assemble([Entry(fields, entry_id.decode()) for entry_id, fields in rows]).whole
-        told = {one.connector_id: {event["subject"]: event["data"]["after"] for event in one.events} for one in stood}
-        events = sum(len(one.events) for one in stood)
+        told = {one.connector_id: {event.subject: event.data.after for event in one.records} for one in stood}
+        events = sum(one.changes for one in stood)
         wanted = {connector: listing for (connector, _), listing in samples.listings(size, NUMBER).items()}
         if told != wanted or (len(stood), events) != (size.connectors, size.member_rows):
             raise WrongResultError("the streams do not hold what was published, each once")

@@ -407,7 +407,7 @@ def _applied_again(*, version: int, claimed: int, base: int, sequence: int) -> F
 
 def _whatever_is_there(pieces: Sequence[Entry]) -> Observation:
     found = whole_or_torn(pieces)
-    return replace(found, report=found.report.model_copy(update={"changes": len(found.events)}))
+    return replace(found, report=found.report.model_copy(update={"changes": found.changes}))
 
 
 async def _load_any(self: ModelSnapshots, target: Target, dataset: Dataset, version: int) -> Base | None:

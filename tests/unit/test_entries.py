@@ -65,7 +65,7 @@ def ids(entries: Sequence[Entry]) -> list[str]:
 
 
 def subjects(observation: Observation) -> list[str]:
-    return [event["subject"] for event in observation.events]
+    return [event.subject for event in observation.records]
 
 
 @given(COUNTS)
@@ -142,7 +142,7 @@ def test_it_does_not_matter_how_the_stream_is_cut_into_reads(data: st.DataObject
         reading = assemble([*tail, *stream[start:end]])
         found, tail = [*found, *reading.whole], reading.tail
     assert [one.sequence for one in found] == [7, 9, 11]
-    assert [len(one.events) for one in found] == [1001, 0, 501]
+    assert [one.changes for one in found] == [1001, 0, 501]
     assert tail == []
 
 
@@ -170,7 +170,7 @@ def test_a_piece_that_comes_twice_counts_once(repeated: int) -> None:
     """A stream that was rolled back between two reads shows a piece again."""
     pieces = written(2 * MAX_BATCH + 1)
     (found,) = assemble([*pieces[: repeated + 1], *pieces]).whole
-    assert len(found.events) == len({*subjects(found)}) == 2 * MAX_BATCH + 1
+    assert found.changes == len({*subjects(found)}) == 2 * MAX_BATCH + 1
 
 
 def test_a_repeated_piece_does_not_stand_in_for_a_lost_one() -> None:

@@ -134,33 +134,39 @@ async def write(connection: Connection, observations: Sequence[Observation], ten
 
     """
     groups: dict[tuple[str, bool], list[_Group]] = defaultdict(list)
+    usage: dict[bool, list[Observation]] = defaultdict(list)
     for observation in observations:
-        of_kind: dict[str, list[tuple[str, dict[str, Any]]]] = defaultdict(list)
-        for event in observation.events:
-            try:
-                kind, _, key = event["subject"].partition("/")
-                of_kind[kind].append((key, event["data"]))
-            except (KeyError, AttributeError, TypeError) as error:
-                raise ContractBroken("event_broken", f"an event lacks {error}") from None
         # Of a dataset of which nothing was applied yet, no row can be there. (It does not follow from an event that
         # tells of a new record: removed ones keep their rows.)
         new = observation.base == 0
-        for kind, found in of_kind.items():
+        if observation.days:
+            usage[new].append(observation)
+        for kind, found in _by_kind(observation).items():
             groups[kind, new].append((observation, found))
     try:
         for (kind, new), some in groups.items():
             if kind == "workspace":
                 await _write_workspaces(connection, some)
-            elif kind == "usage":
-                await _write_usage(connection, some, tenants, new=new)
             elif kind in TABLES:
                 await _write_records(connection, TABLES[kind], some, tenants, new=new)
+        for new, some_days in usage.items():
+            await _write_usage(connection, some_days, tenants, new=new)
     except (KeyError, AttributeError, TypeError, ValueError, ArithmeticError, struct.error) as error:
         raise ContractBroken("event_broken", f"{type(error).__name__} while reading an event") from error
 
 
-_Group = tuple[Observation, Sequence[tuple[str, dict[str, Any]]]]
-"""An observation and those of its changes that are of one kind: key and `data` each."""
+def _by_kind(observation: Observation) -> dict[str, list[tuple[str, Record | None]]]:
+    found: dict[str, list[tuple[str, Record | None]]] = defaultdict(list)
+    for event in observation.records:
+        kind, _, key = event.subject.partition("/")
+        found[kind].append((key, event.data.after))
+    if "" in found:
+        raise ContractBroken("event_broken", "an event lacks its subject")
+    return found
+
+
+_Group = tuple[Observation, Sequence[tuple[str, Record | None]]]
+"""An observation and those of its changes that are of one kind: each key, and the record after."""
 
 
 async def _write_records(
@@ -172,8 +178,7 @@ async def _write_records(
     for observation, found in groups:
         connector_id, version = observation.connector_id, observation.sequence
         head = (tenants[connector_id], str(connector_id), version)
-        for key, data in found:
-            after = data["after"]
+        for key, after in found:
             if after is None:
                 gone.append((connector_id, version, key))
             else:
@@ -184,7 +189,7 @@ async def _write_records(
 
 
 async def _write_workspaces(connection: Connection, groups: Sequence[_Group]) -> None:
-    after = [(o.connector_id, data["after"] or {}) for o, found in groups for _, data in found]
+    after = [(o.connector_id, record or {}) for o, found in groups for _, record in found]
     await connection.execute(
         """
         UPDATE rollcall.connectors c SET workspace_id = coalesce(n.workspace_id, c.workspace_id), plan = n.plan,
@@ -196,20 +201,20 @@ async def _write_workspaces(connection: Connection, groups: Sequence[_Group]) ->
 
 
 async def _write_usage(
-    connection: Connection, groups: Sequence[_Group], tenants: dict[UUID, str], *, new: bool
+    connection: Connection, observations: Sequence[Observation], tenants: dict[UUID, str], *, new: bool
 ) -> None:
     rows: list[tuple[Any, ...]] = []
     days: list[tuple[Observation, str, date, str]] = []
-    for observation, found in groups:
+    for observation in observations:
         connector_id, version = observation.connector_id, observation.sequence
         tenant, whose = tenants[connector_id], str(connector_id)
-        for _, data in found:
-            dimension, day = data["dimension"], data["bucket_start"]
-            state = "complete" if data["settled"] else "provisional"
+        for event in observation.days:
+            found = event.data
+            dimension, day = found.dimension, found.bucket_start
+            state = "complete" if found.settled else "provisional"
             days.append((observation, dimension, date.fromisoformat(day), state))
             rows += [
-                (tenant, whose, dimension, day, row["key"], row["unit"], row["label"], row["amount"], version)
-                for row in data["rows"]
+                (tenant, whose, dimension, day, row.key, row.unit, row.label, row.amount, version) for row in found.rows
             ]
     await _ROWS.run(connection, rows, new=new)
     spans = _spans(days)

@@ -9,7 +9,7 @@ from uuid import UUID
 import orjson
 
 from schemas.events import Op
-from worker.changes import row_subjects
+from worker.changes import row_name
 from worker.entries import Observation
 from worker.store.announcements import Announcement, announce
 from worker.store.db import Connection, Row
@@ -108,11 +108,11 @@ async def _close(connection: Connection, connector: Row, hold: Row, observation:
 
 def _removed(observation: Observation, held: Collection[str]) -> set[str]:
     """Find the held subjects that an observation removes: by name, of a usage day the rows it no longer has."""
-    gone = {event["subject"] for event in observation.events if event["data"].get("op") == Op.DELETED}
-    days = {event["subject"]: event["data"] for event in observation.events if event["subject"].startswith("usage/")}
+    gone = {event.subject for event in observation.records if event.data.op == Op.DELETED}
+    days = {event.subject: event.data for event in observation.days}
     for subject in held:
-        day = days.get(subject.partition("#")[0])
-        if day is not None and subject not in row_subjects(day):
+        name, _, row = subject.partition("#")
+        if (day := days.get(name)) and row not in {row_name(one.key, one.unit) for one in day.rows}:
             gone.add(subject)
     return gone.intersection(held)
 
