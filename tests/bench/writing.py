@@ -37,7 +37,7 @@ from worker.stream import GROUP
 from worker.usage import usage_day
 
 PHASES = ("fresh", "update", "repeat")
-SIZES = {"usage": Size(connectors=60), "members": Size(connectors=500)}
+SIZES = {"usage": Size(connectors=60), "members": Size(connectors=1_500)}
 QUICK_SIZES = {"usage": Size(connectors=3), "members": Size(connectors=25)}
 LIMIT_S = 600.0
 LOOK_S = 0.01
