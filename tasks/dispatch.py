@@ -10,7 +10,7 @@ import structlog
 from schemas.connectors import RunKind
 from tasks import bridge
 from tasks.app import BACKFILL, FETCH, app, send_sync, send_tidy, waiting_messages
-from tasks.sending import deliver
+from tasks.sending import BULK, deliver
 from tasks.upkeep import trim_stream
 from worker import metrics
 from worker.plan import POLLS_PER_MESSAGE, Sending
@@ -20,7 +20,6 @@ from worker.wiring import Runtime
 log = structlog.get_logger()
 DEADLINE_S = 60.0
 POLLS = (RunKind.POLL,)
-BULK = (RunKind.BACKFILL, RunKind.RECONCILE)
 MESSAGES_PER_SLOT = 1
 """How much work may wait at the broker: enough to keep every slot busy until the next look, no more."""
 FEED_S = 0.1

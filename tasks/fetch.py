@@ -6,7 +6,7 @@ from schemas.connectors import RunKind
 from schemas.messages import Fetch
 from tasks import bridge
 from tasks.app import app
-from tasks.sending import advance
+from tasks.sending import advance, refill
 from worker.observe import observe
 from worker.ports import Failure, Quiet, Returned
 from worker.wiring import Runtime
@@ -23,6 +23,8 @@ def _fetch(name: str, message: dict[str, object]) -> None:
         settled = [r.claim for r in results if isinstance(r, Quiet | Failure | Returned)]
         if any(c.kind is not RunKind.POLL for c in settled) or len(results) < len(fetch.part_ids):
             await advance(runtime, {c.target.connector_id for c in settled})
+        if any(r.claim.kind is not RunKind.POLL for r in results):
+            await refill(runtime)
 
     bridge.run(name, work, deadline_s=DEADLINE_S, parts=fetch.part_ids)
 

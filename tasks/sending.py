@@ -6,11 +6,14 @@ import asyncio
 from collections.abc import Collection, Sequence
 from uuid import UUID
 
+from schemas.connectors import RunKind
 from tasks.app import send
 from worker.errors import TryLater
 from worker.plan import Sending
 from worker.store.sending import Dispatch
 from worker.wiring import Runtime
+
+BULK = (RunKind.BACKFILL, RunKind.RECONCILE)
 
 
 async def deliver(dispatch: Dispatch, sendings: Sequence[Sending]) -> None:
@@ -32,3 +35,9 @@ async def deliver(dispatch: Dispatch, sendings: Sequence[Sending]) -> None:
 async def advance(runtime: Runtime, connector_ids: Collection[UUID]) -> None:
     """Send what may be sent next of these connectors."""
     await deliver(runtime.dispatch, await runtime.dispatch.more(connector_ids))
+
+
+async def refill(runtime: Runtime) -> None:
+    """Send the backfills and reconciles that there is room for now: a message ends long before the next look."""
+    if room := await runtime.dispatch.bulk_room():
+        await advance(runtime, await runtime.recovery.stalled(room, BULK))

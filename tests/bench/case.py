@@ -21,7 +21,7 @@ Raises:
 
 HISTORY = "history."
 """How figures of what was checked begin."""
-FLOORS = frozenset({"floor", "stream", "fetch"})
+FLOORS = frozenset({"floor", "floor_least", "stream", "fetch"})
 """Sides that measure the machine: they have no history."""
 
 

@@ -22,6 +22,8 @@ LOOK_S = 0.01
 ALL = ("worker", "writer", "beat")
 TWICE = ("worker", "worker-2", "writer", "writer-2", "beat")
 """As deploy/compose.yaml starts them."""
+WORKERS = ("worker", "worker-2", "writer", "beat")
+"""A worker for each of two cores, and the one writer that they need."""
 
 
 @dataclass(frozen=True, slots=True)

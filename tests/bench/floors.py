@@ -31,6 +31,7 @@ MOST_DAYS = 30
 """Providers cap a window of daily figures at about a month, so 90 days are three questions."""
 
 MEMBERS, ACCOUNTS = "/v1/workspace/members", "/v1/service-accounts"
+USER, GROUPS = "/v1/user", "/v1/workspace/groups"
 USAGE = "/v1/workspace/analytics/query/usage-by-product-over-time"
 DIMENSIONS = {"product": "product_type", "member": "user_id", "api_key": "hashed_xi_api_key"}
 
@@ -60,6 +61,19 @@ _ACCOUNTS_SQL = """
     ON CONFLICT (connector_id, service_account_id) DO UPDATE SET name = excluded.name,
         created_at = excluded.created_at, sharing = excluded.sharing, version = excluded.version, changed_at = now()
 """
+_GROUPS_SQL = """
+    INSERT INTO rollcall.groups (tenant_id, connector_id, group_id, name, member_ids, permissions, usage_limit, version)
+    SELECT t, c, k, n, m::text[], p::text[], l, 1
+    FROM unnest(%b::text[], %b::uuid[], %b::text[], %b::text[], %b::text[], %b::text[], %b::text[])
+         AS n (t, c, k, n, m, p, l)
+    ON CONFLICT (connector_id, group_id) DO UPDATE SET name = excluded.name, member_ids = excluded.member_ids,
+        permissions = excluded.permissions, usage_limit = excluded.usage_limit, version = excluded.version,
+        changed_at = now()
+"""
+_WORKSPACES_SQL = """
+    UPDATE rollcall.connectors c SET workspace_id = n.w, plan = n.p, updated_at = now()
+    FROM unnest(%b::text[], %b::uuid[], %b::text[], %b::text[]) AS n (t, c, w, p) WHERE c.id = n.c
+"""
 _KEYS_SQL = """
     INSERT INTO rollcall.api_keys
         (tenant_id, connector_id, key_id, service_account_id, name, hint, key_hash, permissions, created_at, expires_at,
@@ -78,9 +92,13 @@ _KEYS_SQL = """
 """
 
 
-def questions(days: int) -> list[Question]:
-    """List what a sync asks of one tenant: members, service accounts with keys, usage of `days` three ways."""
-    asked: list[Question] = [("GET", MEMBERS, None), ("GET", ACCOUNTS, None)]
+def questions(days: int, *, least: bool = False) -> list[Question]:
+    """List what a sync asks of one tenant: its directory and usage of `days` three ways, in as few requests as may be.
+
+    With `least` the workspace and its groups are left out: they are few records.
+    """
+    directory = (MEMBERS, ACCOUNTS) if least else (USER, MEMBERS, GROUPS, ACCOUNTS)
+    asked: list[Question] = [("GET", path, None) for path in directory]
     end = datetime.combine(datetime.now(UTC).date() + timedelta(days=1), datetime.min.time(), UTC)
     while days > 0:
         start = end - timedelta(days=min(days, MOST_DAYS))
@@ -121,9 +139,12 @@ class Sink:
 
 
 async def sync(asked: dict[str, Any], go: Go) -> Figures:
-    """Fetch and upsert every tenant: `tenants` [(tenant id, connector id, key)], `url`, `database_url`, `days`."""
+    """Fetch and upsert every tenant.
+
+    Asked for: `tenants` [(tenant id, connector id, key)], `url`, `database_url`, `days`, `least`.
+    """
     todo = [(t, UUID(c), key) for t, c, key in asked["tenants"]]
-    wanted = questions(asked["days"])
+    wanted = questions(asked["days"], least=asked["least"])
     async with (
         await AsyncConnection.connect(asked["database_url"], autocommit=True) as connection,
         aiohttp.ClientSession() as session,
@@ -151,12 +172,24 @@ def _rows(tenant: str, connector: UUID, path: str, found: Any) -> Iterator[tuple
     if path == MEMBERS:
         fields = ("user_id", "email", "first_name", "seat_type", "is_owner", "is_locked")
         yield _MEMBERS_SQL, [(tenant, connector, *(m[f] for f in fields)) for m in found]
+    elif path == USER:
+        yield _WORKSPACES_SQL, [(tenant, connector, found["workspace_id"], found["subscription"]["tier"])]
+    elif path == GROUPS:
+        yield _GROUPS_SQL, [(tenant, connector, *_group(g)) for g in found.values()]
     elif path == ACCOUNTS:
         accounts = found["service-accounts"]
         yield _ACCOUNTS_SQL, [(tenant, connector, *_account(a)) for a in accounts]
         yield _KEYS_SQL, [(tenant, connector, *_key(k)) for a in accounts for k in a["api-keys"]]
     else:
         yield _USAGE_SQL, _usage(tenant, connector, found)
+
+
+def _group(group: dict[str, Any]) -> tuple[Any, ...]:
+    limit = group["group_usage_limit"]
+    return (
+        group["id"], group["name"], _array(group["members"]), _array(group["permissions"]),
+        None if limit is None else str(limit),
+    )  # fmt: skip
 
 
 def _account(account: dict[str, Any]) -> tuple[Any, ...]:
@@ -200,7 +233,7 @@ def _usage(tenant: str, connector: UUID, table: dict[str, Any]) -> list[tuple[An
 
 async def gets(asked: dict[str, Any], go: Go) -> Figures:
     """Fetch for `seconds`, `at_once` in flight: `url`, `keys`, `days`; give requests per second."""
-    wanted = [*questions(asked["days"]), ("GET", "/v1/user", None), ("GET", "/v1/workspace/groups", None)]
+    wanted = questions(asked["days"])
     each = cycle([(key, question) for key in asked["keys"] for question in wanted])
     done = 0
     limit = aiohttp.TCPConnector(limit=asked["at_once"])

@@ -10,7 +10,7 @@ from tests.bench.crew import Crew
 from tests.bench.stage import Database, WrongResultError
 
 LIMIT_S = 1200.0
-LOOK_S = 0.05
+LOOK_S = 0.2
 OPEN = ("queued", "running")
 
 

@@ -11,7 +11,7 @@ import redis
 
 from tests.bench.apart import run_apart
 from tests.bench.case import Case, Sample, Side
-from tests.bench.crew import ALL, TWICE, await_middle_of_tick, crew
+from tests.bench.crew import ALL, TWICE, WORKERS, await_middle_of_tick, crew
 from tests.bench.history import told_by, witnessed
 from tests.bench.runs import await_runs, make_due
 from tests.bench.stage import Place, Stage
@@ -26,7 +26,7 @@ from tests.bench.tenants import (
     register,
     warm,
 )
-from tests.bench.truth import check, expected
+from tests.bench.truth import KINDS, LEAST, check, expected
 from tests.bench.watch import Watch
 from tests.fixtures.simulator import Simulator
 
@@ -108,18 +108,19 @@ class World:
             sample |= history.verdict()
         return sample
 
-    def floor(self, steps: Sequence[Step]) -> Sample:
-        """Sync by fetching and upserting everything that the step asks for."""
+    def floor(self, steps: Sequence[Step], *, least: bool = False) -> Sample:
+        """Sync by fetching and upserting everything that the step asks for; `least`: but the workspace and groups."""
         sample: Sample = {}
         with self.stage.fresh() as place, place.database() as database:
+            register(database, self.stage.ring, self.simulator.url, self.tenants)
             for step in steps:
                 self.stage.note(f"{len(self.tenants)} tenants: floor of {step.name}")
                 self.prepare(step)
                 self.stage.settle(place)
                 figures, seen = run_apart(
-                    "tests.bench.floors:sync", self._asked(place, step), servers=self.stage.servers
+                    "tests.bench.floors:sync", self._asked(place, step, least=least), servers=self.stage.servers
                 )
-                check(database, self.simulator, self.tenants, BACKFILL_DAYS)
+                check(database, self.simulator, self.tenants, BACKFILL_DAYS, kinds=LEAST if least else KINDS)
                 sample |= self._figures(step, figures["seconds"], seen)
                 sample |= _once_begun(step, sample[f"{step.name}.records"], figures["seconds"])
         return sample
@@ -130,11 +131,12 @@ class World:
             time.sleep(QUICK_IDLE_S if self.stage.quick else IDLE_S)
         return seen.cpu_per(seen.seconds, scale=1e3, prefix="idle.cpu_ms_per_s")
 
-    def _asked(self, place: Place, step: Step) -> dict[str, object]:
+    def _asked(self, place: Place, step: Step, *, least: bool) -> dict[str, object]:
         return {
             "database_url": place.database_url,
             "url": self.simulator.url,
             "days": step.days,
+            "least": least,
             "tenants": [(t.id, str(t.connector_id), t.api_key) for t in self.tenants],
         }
 
@@ -179,8 +181,9 @@ def _many(stage: Stage) -> Iterator[Mapping[str, Side]]:
         tick_s = QUICK_TICK_S if stage.quick else TICK_S
         sides = {"product": lambda: made.product(STEPS, tick_s), "floor": lambda: made.floor(STEPS)}
         if not stage.quick:
-            sides["product_1s_tick"] = lambda: made.product(STEPS, 1.0)
+            sides["product_workers"] = lambda: made.product(STEPS, names=WORKERS)
             sides["product_twice"] = lambda: made.product(STEPS, names=TWICE)
+            sides["floor_least"] = lambda: made.floor(STEPS, least=True)
         yield sides
 
 
@@ -198,7 +201,7 @@ SYNC = Case(
     "sync",
     "200 tenants of 200 members, 20 keys and 90 days of usage: first sync, then polls and reconciles",
     _many,
-    {"product": "floor", "product_1s_tick": "floor", "product_twice": "floor"},
+    dict.fromkeys(("product", "product_workers", "product_twice", "floor_least"), "floor"),
 )
 LARGE = Case(
     "large",

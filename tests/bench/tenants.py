@@ -30,8 +30,6 @@ AT_ONCE = 32
 """Requests in flight while warming up."""
 CHUNK = 500
 
-_DIRECTORY_ONLY_WE_ASK = ("/v1/user", "/v1/workspace/groups")
-
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -97,7 +95,7 @@ def register(
 
 def warm(simulator: Simulator, tenants: Sequence[Tenant], *days: int) -> None:
     """Ask everything once, so that the simulator has its answers ready: building them is no part of a sync."""
-    asked = [*(q for many in days for q in questions(many)), *(("GET", path, None) for path in _DIRECTORY_ONLY_WE_ASK)]
+    asked = [question for many in days for question in questions(many)]
 
     async def ask() -> None:
         waiting = iter([(tenant, question) for tenant in tenants for question in dict.fromkeys(asked)])

@@ -12,8 +12,9 @@ from tests.bench.tenants import Tenant, first_day
 from tests.fixtures.simulator import Simulator
 from tests.fixtures.states import PLACES, of_rows, of_truth
 
-KINDS = ("member", "service_account", "api_key")
-"""Records that every side writes."""
+LEAST = ("member", "service_account", "api_key")
+"""What even the least of syncs writes, and what is counted."""
+KINDS = (*LEAST, "workspace", "group")
 SAMPLED = 5
 
 
@@ -46,7 +47,14 @@ def _count(told: Mapping[str, Any]) -> tuple[int, int, int, int]:
     return len(told["members"]), len(accounts), sum(len(a["api-keys"]) for a in accounts), usage
 
 
-def check(database: Database, simulator: Simulator, tenants: Sequence[Tenant], days: int) -> Counts:
+def check(
+    database: Database,
+    simulator: Simulator,
+    tenants: Sequence[Tenant],
+    days: int,
+    *,
+    kinds: Sequence[str] = KINDS,
+) -> Counts:
     """Compare all counts, and every value of a few tenants.
 
     Raises:
@@ -59,7 +67,7 @@ def check(database: Database, simulator: Simulator, tenants: Sequence[Tenant], d
         raise WrongResultError(f"expected {wanted}, found {found}")
     step = max(1, len(tenants) // SAMPLED)
     for tenant in tenants[::step]:
-        _check_values(database, simulator, tenant, days)
+        _check_values(database, simulator, tenant, days, kinds)
     return found
 
 
@@ -69,18 +77,21 @@ def _rows(database: Database, table: str) -> int:
     return int(row["n"])
 
 
-def _check_values(database: Database, simulator: Simulator, tenant: Tenant, days: int) -> None:
+def _check_values(database: Database, simulator: Simulator, tenant: Tenant, days: int, kinds: Sequence[str]) -> None:
     first = first_day(days)
     covered = [
         {"dimension": dimension, "day": first + timedelta(days=n), "state": ""}
         for dimension in ("product", "member", "api_key")
         for n in range(days)
     ]
-    tables = {kind: _facts(database, PLACES[kind][0], tenant) for kind in KINDS}
-    nobody = {"workspace_id": None, "plan": None}
-    found = of_rows(tables, nobody, _facts(database, "credit_usage", tenant), covered)
+    tables = {kind: _facts(database, PLACES[kind][0], tenant) for kind in kinds if kind in PLACES}
+    (workspace,) = database.execute(
+        "SELECT workspace_id, plan FROM rollcall.connectors WHERE id = %s", [tenant.connector_id]
+    ).fetchall()
+    found = of_rows(tables, workspace, _facts(database, "credit_usage", tenant), covered)
     truth = of_truth(simulator.truth(tenant.workspace, first.isoformat()), found.usage)
-    _compare(tenant, found.records, {s: r for s, r in truth.records.items() if s.partition("/")[0] in KINDS})
+    here, there = ({s: r for s, r in state.records.items() if s.partition("/")[0] in kinds} for state in (found, truth))
+    _compare(tenant, here, there)
     _compare(tenant, found.usage, truth.usage)
 
 

@@ -11,7 +11,7 @@ from typing import Self
 
 import psutil  # type: ignore[import-untyped] # it publishes no types
 
-LOOK_S = 0.25
+LOOK_S = 0.5
 MIB = 1 << 20
 
 
