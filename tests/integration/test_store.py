@@ -25,6 +25,7 @@ from worker.elevenlabs.protocol import Finding, Verdict
 from worker.errors import ContractBroken, Refused, TryLater
 from worker.plan import BULK_PER_MESSAGE, messages
 from worker.store import migrate as migrating
+from worker.store import sending as sending_module
 from worker.store.db import Connection
 from worker.store.migrate import migrate, migrations
 from worker.store.upkeep import age_out
@@ -254,6 +255,40 @@ async def test_bulk_runs_leave_room(harness: Harness) -> None:
     assert [len(message) for message in messages(taken)] == [BULK_PER_MESSAGE] * 2
     every = {row["id"] for row in await harness.rows("SELECT id FROM rollcall.connectors")}
     assert not await harness.runtime.dispatch.more(every)
+
+
+async def test_a_backfill_that_ends_makes_room_for_the_next(harness: Harness) -> None:
+    """What waits for room is sent when a message has ended, not only at the next look."""
+    for n in range(10):
+        await harness.add_connector(f"w{n}", members=1, groups=0, service_accounts=0)
+    await harness.rows("INSERT INTO rollcall.workers (name, role, slots) VALUES ('w', 'worker', 4)")
+    taken = await harness.runtime.dispatch.due(100)
+    first, second = messages(taken)
+    for sending in first[:-1]:
+        await harness.deliver(sending)
+    assert not harness.messages, "the message is still under way"
+    await harness.deliver(first[-1])
+    every = {row["id"] for row in await harness.rows("SELECT id FROM rollcall.connectors")}
+    assert {sending.connector_id for sending in harness.messages} == every - {s.connector_id for s in taken}
+    harness.messages.extend(second)
+    await harness.settle()
+    assert harness.lapses == 0
+
+
+async def test_the_first_that_are_due_leave_before_the_last_are_planned(
+    harness: Harness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Connectors are claimed some at a time, and what was claimed is committed before the rest is looked at."""
+    monkeypatch.setattr(sending_module, "AT_ONCE", 2)
+    for n in range(5):
+        await harness.add_connector(f"w{n}", members=1, groups=0, service_accounts=0)
+    await harness.rows("INSERT INTO rollcall.workers (name, role, slots) VALUES ('w', 'worker', 64)")
+    seen = []
+    async for some in harness.runtime.dispatch.each_due(4):
+        (row,) = await harness.rows("SELECT count(*) AS n FROM rollcall.sync_runs")
+        seen.append((len(some), row["n"]))
+    assert seen == [(2, 2), (2, 4)], "no more than were asked for"
+    assert [len(some) async for some in harness.runtime.dispatch.each_due(4)] == [1]
 
 
 # Transactions.
