@@ -219,7 +219,7 @@ async def _write_usage(
     await _ROWS.run(connection, rows, new=new)
     spans = _spans(days)
     await connection.execute(
-        _DAYS,
+        _NEW_DAYS if new else _DAYS,
         [
             [tenants[o.connector_id] for o, *_ in spans],
             [o.connector_id for o, *_ in spans],
@@ -276,12 +276,18 @@ _ROWS = Stage(
 )
 """Every row of whole days. Ids and days travel as text: they are written once for many rows."""
 
-_DAYS = b"""
-    WITH day AS (
-        INSERT INTO rollcall.usage_coverage (tenant_id, connector_id, dimension, day, state, observed_at, version)
-        SELECT t, c, d, first + i, s, now(), v
-        FROM unnest(%b::text[], %b::uuid[], %b::bigint[], %b::text[], %b::text[], %b::date[], %b::date[])
-             AS n (t, c, v, d, s, first, last), generate_series(0, last - first) AS i
+_NEW_DAYS = b"""
+    INSERT INTO rollcall.usage_coverage (tenant_id, connector_id, dimension, day, state, observed_at, version)
+    SELECT t, c, d, first + i, s, now(), v
+    FROM unnest(%b::text[], %b::uuid[], %b::bigint[], %b::text[], %b::text[], %b::date[], %b::date[])
+         AS n (t, c, v, d, s, first, last), generate_series(0, last - first) AS i
+"""
+"""The coverage of spans of days of which none is there yet."""
+
+_DAYS = (
+    b"WITH day AS ("
+    + _NEW_DAYS
+    + b"""
         ON CONFLICT (connector_id, dimension, day) DO UPDATE SET
             state = excluded.state, observed_at = excluded.observed_at, version = excluded.version
         RETURNING connector_id, dimension, day, version, xmax <> 0 AS known
@@ -290,5 +296,6 @@ _DAYS = b"""
     WHERE day.known AND r.connector_id = day.connector_id AND r.dimension = day.dimension
           AND r.bucket_start = day.day AND r.version < day.version
 """
-"""The coverage of spans of days, and away with what days that were covered before have no more: a row that was
+)
+"""The coverage of any spans of days, and away with what days that were covered before have no more: a row that was
 inserted has no xmax, one that was updated has."""
