@@ -94,7 +94,7 @@ async def _send_due(runtime: Runtime, waiting: int) -> bool:
     await deliver(dispatch, await dispatch.more(polls | bulk))
     due: list[Sending] = []
     most = min(room - len(polls), runtime.settings.dispatch_batch)
-    async for some in dispatch.each_due(most):
+    async for some in dispatch.due(most):
         await deliver(dispatch, some)
         due += some
     taken = len(bulk) + sum(sending.kind in BULK for sending in due)

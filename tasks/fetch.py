@@ -1,4 +1,4 @@
-"""Fetch tasks: observe parts, then send what may be sent next of their connectors."""
+"""Fetch tasks: observe parts, then send what may be sent next, of their connectors or into the room they leave."""
 
 from __future__ import annotations
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from contextvars import Context
 from typing import Any, Final
 
 from redis.asyncio import Redis
@@ -20,13 +21,13 @@ Command = tuple[Any, ...]
 AT_ONCE: Final = 2
 """Pipelines under way: the server works on one while the next is written."""
 PIPELINE_BYTES: Final = 100_000
-"""A pipeline takes no more once it is that large: nobody waits long behind what is large."""
+"""What would make a pipeline larger begins the next one, so that nobody waits long behind what is large."""
 
 
 class AutoPipeline:
     """Sends the commands of a task next to each other; each succeeds or fails by itself.
 
-    Those of two tasks may overtake each other. When the server is away, all of a pipeline fail. Whoever makes it
+    Those of two tasks may overtake each other. When the server is away, all fail that wait by then. Whoever makes it
     closes it.
     """
 
@@ -34,6 +35,7 @@ class AutoPipeline:
         self._redis = redis
         self._waiting: list[_Asked] = []
         self._sending: set[asyncio.Task[None]] = set()
+        self._closed = False
 
     async def send(self, *commands: Command) -> list[Any]:
         """Send commands in one pipeline, others' perhaps before and behind them; return the answers.
@@ -43,11 +45,14 @@ class AutoPipeline:
             redis.exceptions.ResponseError: the first error that the server answered with.
 
         """
+        if self._closed:
+            raise _closed()
         loop = asyncio.get_running_loop()
         asked = _Asked(commands, loop.create_future())
         self._waiting.append(asked)
         if len(self._sending) < AT_ONCE:
-            self._sending.add(loop.create_task(self._send(), name="redis pipeline"))
+            # It works for all: what it logs is nobody's.
+            self._sending.add(loop.create_task(self._send(), name="redis pipeline", context=Context()))
         answers = await asked.answers
         for answer in answers:
             if isinstance(answer, Exception):
@@ -56,13 +61,13 @@ class AutoPipeline:
         return answers
 
     async def close(self) -> None:
-        """Fail what is under way and what waits."""
-        for task in (sending := list(self._sending)):
+        """Fail what is under way and what waits, and whoever asks from now on."""
+        self._closed = True
+        sending, self._sending = self._sending, set()
+        for task in sending:
             task.cancel()
         await asyncio.gather(*sending, return_exceptions=True)
-        waiting, self._waiting = self._waiting, []
-        for asked in waiting:
-            asked.fail(_closed())
+        self._fail_waiting(_closed())
 
     async def _send(self) -> None:
         some: Sequence[_Asked] = ()
@@ -72,22 +77,28 @@ class AutoPipeline:
                     with answering():
                         answers = await self._pipeline([command for asked in some for command in asked.commands])
                 except TryLater as away:
-                    for asked in some:
-                        asked.fail(TryLater(away.reason, away.message))
+                    # Who waits would hear the same, one timeout after the other.
+                    self._fail_waiting(away)
+                    _fail(some, away)
+                except Exception as error:  # noqa: BLE001 - whoever asked says it, and others go on
+                    _fail(some, error)
                 else:
                     for asked in some:
                         asked.answer([answers.pop() for _ in asked.commands])
         finally:
             self._sending -= {asyncio.current_task()}  # at once: whoever asks from now on is not taken along
-            for asked in some:
-                asked.fail(_closed())
+            _fail(some, _closed())
+
+    def _fail_waiting(self, error: TryLater) -> None:
+        waiting, self._waiting = self._waiting, []
+        _fail(waiting, error)
 
     def _take(self) -> Sequence[_Asked]:
         """Take from the front what goes along now; what nobody waits for any more is not sent."""
         some: list[_Asked] = []
         size = taken = 0
         for asked in self._waiting:
-            if size >= PIPELINE_BYTES:
+            if some and size + asked.size >= PIPELINE_BYTES:
                 break
             taken += 1
             if not asked.answers.done():
@@ -110,6 +121,12 @@ def _closed() -> TryLater:
     return TryLater("redis_unreachable", "The connection to Redis was closed.")
 
 
+def _fail(some: Sequence[_Asked], error: Exception) -> None:
+    for asked in some:
+        if not asked.answers.done():
+            asked.answers.set_exception(TryLater(error.reason, error.message) if isinstance(error, TryLater) else error)
+
+
 class _Asked:
     """What one task asks for."""
 
@@ -122,7 +139,3 @@ class _Asked:
     def answer(self, answers: list[Any]) -> None:
         if not self.answers.done():
             self.answers.set_result(answers)
-
-    def fail(self, error: Exception) -> None:
-        if not self.answers.done():
-            self.answers.set_exception(error)

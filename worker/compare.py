@@ -57,7 +57,7 @@ def compare_records(claim: Claim, base: Base, seen: Listing, *, incomplete: bool
     )
     unlike = base.records.unlike(seen) if isinstance(base.records, Kept) else seen
     return Found(
-        changes=diff(base.records, unlike, remove=guarded.remove),
+        changes=diff(base.records, unlike, remove=guarded.remove - seen.keys()),
         held=guarded.held,
         known=len(base.records),
         following=Base(claim.number, records=merged(base.records, seen, guarded.remove)),

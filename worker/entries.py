@@ -73,10 +73,10 @@ class UsageDayStep(msgspec.Struct, gc=False):
 
 
 class RecordEvent(msgspec.Struct, gc=False):
-    """What happened to a record; without a subject it is broken, and whoever writes it says so."""
+    """What happened to a record."""
 
+    subject: str
     data: RecordStep
-    subject: str = ""
 
 
 class UsageDayEvent(msgspec.Struct, gc=False):
@@ -99,6 +99,8 @@ class Observation:
     records: Sequence[RecordEvent] = ()
     days: Sequence[UsageDayEvent] = ()
     entries: Sequence[Entry] = ()
+    broken: bool = False
+    """It is an observation, but some event is not of the known shape: nobody can apply it."""
 
     @property
     def changes(self) -> int:
@@ -226,7 +228,7 @@ def assemble(entries: Iterable[Entry]) -> Reading:
             except (msgspec.MsgspecError, ValueError, KeyError, TypeError) as error:
                 reading.broken.append(Broken(tuple(reading.tail), type(error).__name__))
             else:
-                if observation.changes == observation.report.changes:
+                if observation.broken or observation.changes == observation.report.changes:
                     reading.whole.append(observation)
                 else:
                     reading.passed += [piece.id for piece in reading.tail]
@@ -241,6 +243,18 @@ def _key(entry: Entry) -> tuple[bytes, ...]:
 def _observation(pieces: Sequence[Entry]) -> Observation:
     fields = pieces[-1].fields
     dataset = Dataset(fields[b"dataset"].decode())
+    records: Sequence[RecordEvent] = ()
+    days: Sequence[UsageDayEvent] = ()
+    broken = False
+    try:
+        if dataset.dimension:
+            days = _events(_DAYS, pieces)
+        else:
+            records = _events(_RECORDS, pieces)
+    except msgspec.ValidationError:
+        for piece in pieces:
+            _ANY.decode(piece.fields[b"ce"])  # or these are no events at all
+        broken = True
     return Observation(
         connector_id=UUID(fields[b"connector"].decode()),
         dataset=dataset,
@@ -248,15 +262,21 @@ def _observation(pieces: Sequence[Entry]) -> Observation:
         sequence=int(fields[b"sequence"]),
         part_id=UUID(fields[b"part"].decode()),
         report=Report.model_validate_json(fields[b"report"]),
-        records=() if dataset.dimension else _events(_RECORDS, pieces),
-        days=_events(_DAYS, pieces) if dataset.dimension else (),
+        records=records,
+        days=days,
+        broken=broken,
         entries=tuple(pieces),
     )
+
+
+class _AnyEvent(msgspec.Struct):
+    id: str
 
 
 _Event = TypeVar("_Event", RecordEvent, UsageDayEvent)
 _RECORDS = msgspec.json.Decoder(list[RecordEvent])
 _DAYS = msgspec.json.Decoder(list[UsageDayEvent])
+_ANY = msgspec.json.Decoder(list[_AnyEvent])
 
 
 def _events(decoder: msgspec.json.Decoder[list[_Event]], pieces: Sequence[Entry]) -> Sequence[_Event]:

@@ -710,11 +710,15 @@ def without_subject(event: dict[str, Any]) -> None:
     del event["subject"]
 
 
+def without_data(event: dict[str, Any]) -> None:
+    del event["data"]
+
+
 def unstorable(event: dict[str, Any]) -> None:
     event["data"]["after"]["email"] = "\u0000"
 
 
-@pytest.mark.parametrize("wrong", [too_long, without_a_field, without_subject, unstorable])
+@pytest.mark.parametrize("wrong", [too_long, without_a_field, without_subject, without_data, unstorable])
 async def test_poison_is_set_aside_alone(harness: Harness, wrong: Callable[[dict[str, Any]], None]) -> None:
     """What cannot be written is found by halving, put away with reason and origin; its neighbours are committed."""
     acme = await harness.synced()

@@ -196,7 +196,7 @@ async def test_two_dispatchers_claim_a_connector_once(harness: Harness) -> None:
     """Dispatchers at once share the due connectors: each gets one run, its parts once, and one message."""
     for n in range(30):
         await harness.add_connector(f"w{n}", members=1, groups=0, service_accounts=0)
-    claimed = await asyncio.gather(*(harness.runtime.dispatch.due(8) for _ in range(5)))
+    claimed = await asyncio.gather(*(harness.due(8) for _ in range(5)))
     sent = Counter(s.connector_id for sendings in claimed for s in sendings)
     assert set(sent.values()) == {1}
     runs = await harness.rows("SELECT connector_id FROM rollcall.sync_runs")
@@ -205,13 +205,13 @@ async def test_two_dispatchers_claim_a_connector_once(harness: Harness) -> None:
         "SELECT count(*), count(DISTINCT (connector_id, dataset, window_start)) AS n FROM rollcall.sync_parts"
     )
     assert parts["count"] == parts["n"] == 30 * (4 + 3)
-    assert not await harness.runtime.dispatch.due(100)
+    assert not await harness.due(100)
 
 
 async def test_a_part_is_claimed_once(harness: Harness) -> None:
     """Of several that claim the same parts at once one gets each; its dataset is nobody else's meanwhile."""
     await harness.add_connector()
-    (sending,) = await harness.runtime.dispatch.due(1)
+    (sending,) = await harness.due(1)
     ids = list(sending.lanes)
     claims = await asyncio.gather(*(harness.runtime.ports.ledger.claim(ids) for _ in range(6)))
     won = Counter(claim.part_id for some in claims for claim in some)
@@ -251,7 +251,7 @@ async def test_bulk_runs_leave_room(harness: Harness) -> None:
     for n in range(10):
         await harness.add_connector(f"w{n}", members=1, groups=0, service_accounts=0)
     await harness.rows("INSERT INTO rollcall.workers (name, role, slots) VALUES ('w', 'worker', 4)")
-    taken = await harness.runtime.dispatch.due(100)
+    taken = await harness.due(100)
     assert [len(message) for message in messages(taken)] == [BULK_PER_MESSAGE] * 2
     every = {row["id"] for row in await harness.rows("SELECT id FROM rollcall.connectors")}
     assert not await harness.runtime.dispatch.more(every)
@@ -262,7 +262,7 @@ async def test_a_backfill_that_ends_makes_room_for_the_next(harness: Harness) ->
     for n in range(10):
         await harness.add_connector(f"w{n}", members=1, groups=0, service_accounts=0)
     await harness.rows("INSERT INTO rollcall.workers (name, role, slots) VALUES ('w', 'worker', 4)")
-    taken = await harness.runtime.dispatch.due(100)
+    taken = await harness.due(100)
     first, second = messages(taken)
     for sending in first[:-1]:
         await harness.deliver(sending)
@@ -284,11 +284,11 @@ async def test_the_first_that_are_due_leave_before_the_last_are_planned(
         await harness.add_connector(f"w{n}", members=1, groups=0, service_accounts=0)
     await harness.rows("INSERT INTO rollcall.workers (name, role, slots) VALUES ('w', 'worker', 64)")
     seen = []
-    async for some in harness.runtime.dispatch.each_due(4):
+    async for some in harness.runtime.dispatch.due(4):
         (row,) = await harness.rows("SELECT count(*) AS n FROM rollcall.sync_runs")
         seen.append((len(some), row["n"]))
     assert seen == [(2, 2), (2, 4)], "no more than were asked for"
-    assert [len(some) async for some in harness.runtime.dispatch.each_due(4)] == [1]
+    assert [len(some) async for some in harness.runtime.dispatch.due(4)] == [1]
 
 
 # Transactions.
@@ -422,7 +422,7 @@ async def test_hot_statements_use_indexes(harness: Harness) -> None:
     await fill(harness)
     runtime = harness.runtime
     with recorded() as statements:
-        sendings = await runtime.dispatch.due(500)
+        sendings = await harness.due(500)
         assert len(sendings) == 5
         ids = [part_id for s in sendings for part_id in s.lanes]
         claims = await runtime.ports.ledger.claim(ids)

@@ -207,7 +207,7 @@ async def test_no_backlog_hides_a_poll(harness: Harness) -> None:
         " next_sync_at = CASE WHEN id = %s THEN now() END",
         [again.id],
     )
-    for sending in await harness.runtime.dispatch.due(10):
+    for sending in await harness.due(10):
         await harness.runtime.dispatch.unsend(list(sending.lanes))
     await harness.rows(
         """

@@ -23,6 +23,7 @@ class Server:
     sent: list[list[Command]] = field(default_factory=list)
     came: asyncio.Queue[None] = field(default_factory=asyncio.Queue)
     away: bool = False
+    bug: bool = False
 
     def pipeline(self, *, transaction: bool) -> Pipe:
         assert not transaction
@@ -34,6 +35,8 @@ class Server:
         await self.open.wait()
         if self.away:
             raise ConnectionError
+        if self.bug and ("GET", "first") in commands:
+            raise ZeroDivisionError
         return [ResponseError("wrong") if name == "BAD" else word for name, word, *_ in commands]
 
 
@@ -145,10 +148,41 @@ async def test_large_ones_end_a_pipeline(pipeline: AutoPipeline, server: Server)
     assert [len(sent) for sent in server.sent[AT_ONCE:]] == [1, 1]
 
 
+async def test_what_is_large_begins_a_pipeline(pipeline: AutoPipeline, server: Server) -> None:
+    """What waits ahead of it does not go along."""
+    large = ("SET", "large", b"x" * PIPELINE_BYTES)
+    tasks = await under_way(pipeline, server, ("GET", "small", b"y"), large)
+    server.open.set()
+    await asyncio.gather(*tasks)
+    assert [len(sent) for sent in server.sent[AT_ONCE:]] == [1, 1]
+
+
+async def test_a_bug_is_told_as_it_is_and_holds_up_nobody(pipeline: AutoPipeline, server: Server) -> None:
+    """Who was sent hears of it, and who waits is sent all the same."""
+    tasks = await under_way(pipeline, server, ("GET", "a"))
+    server.bug = True
+    server.open.set()
+    with pytest.raises(ZeroDivisionError):
+        await tasks[0]
+    assert await tasks[1] == ["a"]
+
+
+async def test_who_waits_for_a_server_that_is_away_hears_it_at_once(pipeline: AutoPipeline, server: Server) -> None:
+    """They would hear the same, one timeout after the other."""
+    tasks = await under_way(pipeline, server, ("GET", "a"), ("GET", "b"))
+    server.away = True
+    server.open.set()
+    for task in tasks:
+        with pytest.raises(TryLater, match="does not answer"):
+            await task
+    assert len(server.sent) == AT_ONCE
+
+
 async def test_closing_fails_what_waits(pipeline: AutoPipeline, server: Server) -> None:
     """Nobody waits for ever: what was sent and what was not hear that it is over."""
     tasks = await under_way(pipeline, server, ("GET", "a"))
     await pipeline.close()
+    tasks.append(await asking(pipeline, ("GET", "late")))
     for task in tasks:
         with pytest.raises(TryLater, match="closed"):
             await task

@@ -18,6 +18,7 @@ from schemas.records import Listing, Record
 from worker.changes import GuardLimits, Missing
 from worker.compare import Found, answer_digest, compare_records, compare_usage, day_of, doubtful_days, fingerprints
 from worker.elevenlabs.asking import Billing, Page, Window
+from worker.packing import pack, unpack
 from worker.ports import Base, Claim, Target
 from worker.usage import usage_day
 
@@ -125,6 +126,8 @@ def test_the_next_snapshot_is_what_the_writer_will_hold(
     assert found.held.keys() <= found.following.records.keys() - listing(new).keys()
     assert listing(new).items() <= found.following.records.items()
     assert not (incomplete and any(change.op is Op.DELETED for change in found.changes))
+    kept = unpack(pack(base))
+    assert compare_records(asked, kept, listing(new), incomplete=incomplete, limits=LIMITS) == found
 
 
 @given(AMOUNTS)

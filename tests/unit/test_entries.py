@@ -205,6 +205,26 @@ def test_what_cannot_be_read_is_set_aside_alone(wrong: dict[bytes, bytes]) -> No
     assert reading.broken[0].reason in {"DecodeError", "TypeError", "KeyError", "ValueError", "ValidationError"}
 
 
+@pytest.mark.parametrize(
+    ("dataset", "data"),
+    [
+        (Dataset.MEMBERS, {}),
+        (Dataset.MEMBERS, {"op": "c", "after": 3}),
+        (Dataset.USAGE_MEMBER, {"op": "c", "after": None}),
+        (Dataset.USAGE_MEMBER, {"op": "u", "dimension": "member", "bucket_start": "2026-04-01", "settled": True}),
+    ],
+    ids=repr,
+)
+def test_an_event_of_another_shape_breaks_its_observation(dataset: Dataset, data: dict[str, Any]) -> None:
+    """Its part is known, so that it can be given up: nobody applies it, and its neighbours are whole."""
+    (entry,) = written(1)
+    ce = orjson.dumps([{"id": "x@9", "subject": "x", "data": data}])
+    broken = Entry({**entry.fields, b"ce": ce, b"dataset": dataset.encode()}, entry.id)
+    reading = assemble([*written(1, sequence=7), broken])
+    assert [(one.sequence, one.broken) for one in reading.whole] == [(7, False), (9, True)]
+    assert reading.whole[1].part_id == PART
+
+
 def test_an_unknown_field_changes_nothing() -> None:
     """A newer version may say more."""
     (entry,) = written(1)

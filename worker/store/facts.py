@@ -139,6 +139,8 @@ async def write(connection: Connection, observations: Sequence[Observation], ten
         # Of a dataset of which nothing was applied yet, no row can be there. (It does not follow from an event that
         # tells of a new record: removed ones keep their rows.)
         new = observation.base == 0
+        if observation.broken:
+            raise ContractBroken("event_broken", "an event is not of the known shape")
         if observation.days:
             usage[new].append(observation)
         for kind, found in _by_kind(observation).items():
@@ -160,8 +162,6 @@ def _by_kind(observation: Observation) -> dict[str, list[tuple[str, Record | Non
     for event in observation.records:
         kind, _, key = event.subject.partition("/")
         found[kind].append((key, event.data.after))
-    if "" in found:
-        raise ContractBroken("event_broken", "an event lacks its subject")
     return found
 
 

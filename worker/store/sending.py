@@ -41,15 +41,12 @@ class Dispatch:
     def __init__(self, db: Database, schedule: Schedule) -> None:
         self._db, self._schedule = db, schedule
 
-    async def due(self, most: int) -> list[Sending]:
+    async def due(self, most: int) -> AsyncIterator[list[Sending]]:
         """Claim connectors that are due: a run with its parts each, the next due time, and what to send first.
 
-        Safe from two places at once: a connector is claimed by one of them.
+        Some at a time: the first are asked while the next are planned. Safe from two places at once: a connector is
+        claimed by one of them.
         """
-        return [sending async for some in self.each_due(most) for sending in some]
-
-    async def each_due(self, most: int) -> AsyncIterator[list[Sending]]:
-        """Claim connectors that are due some at a time: the first are asked while the next are planned."""
         while most > 0:
             wanted = min(most, AT_ONCE)
             claimed, sendings = await self._claim_due(wanted)
@@ -81,7 +78,10 @@ class Dispatch:
     async def _start_runs(
         self, connection: Connection, connectors: Mapping[UUID, Row]
     ) -> tuple[list[Born], list[UUID]]:
-        """Start runs; give their parts, which are not written yet, and the connectors that had runs under way."""
+        """Start runs; give their parts, which are not written yet, and the connectors that had runs under way.
+
+        A dataset with an observation under way has an open part, which `take` reads: so it is not sent twice.
+        """
         rows = await connection.execute(
             "SELECT connector_id, kind FROM rollcall.sync_runs"
             " WHERE connector_id = ANY(%b) AND status IN ('queued', 'running')",
