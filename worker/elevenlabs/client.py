@@ -11,7 +11,6 @@ from typing import Final, Self
 
 import aiohttp
 import structlog
-from isal import isal_zlib
 from pydantic import SecretStr
 
 from worker.elevenlabs.asking import Asked, Asking, unanswered
@@ -65,7 +64,6 @@ class Client:
     async def open(self) -> None:
         """Make the session; a second call changes nothing."""
         if self._session is None:
-            aiohttp.set_zlib_backend(isal_zlib)  # decompresses answers in half the time
             self._session = aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=self._connector_limit),
                 cookie_jar=aiohttp.DummyCookieJar(),
