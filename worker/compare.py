@@ -71,6 +71,8 @@ def day_of(subject: str) -> date:
 
 def doubtful_days(claim: Claim, base: Base, prints: Fingerprints, limits: GuardLimits) -> list[str]:
     """List the days whose rows must be compared one by one: a large drop, or rows of it are held already."""
+    if not base.days and not claim.held:
+        return []
     held = {subject.partition("#")[0] for subject in claim.held}
     return [
         subject

@@ -6,12 +6,14 @@ and what cannot be told apart breaks the contract: a wrong figure is worse than 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import date, timedelta
 from decimal import Context, Decimal, InvalidOperation, localcontext
 from functools import lru_cache, reduce
 from hashlib import blake2b
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Final
 
 import orjson
@@ -23,9 +25,6 @@ from worker.elevenlabs.tabular import Table, utc_day
 from worker.errors import ContractBroken
 
 DAY_S: Final = 86_400
-
-_Slot = tuple[str, str]
-"""The (key, unit) of an amount."""
 
 _PRODUCT: Final = "product_type"
 _GROUP_COLUMNS: Final = {
@@ -54,6 +53,8 @@ _TEXTS: Final[frozenset[type]] = frozenset({str, _NULL})
 _NUMBERS: Final[frozenset[type]] = frozenset({str, int, float, _NULL})
 _DIGITS: Final = 64
 """Orders of magnitude an amount may lie from 1; what is beyond is no amount."""
+_MAGNITUDES: Final = frozenset(range(1 - _DIGITS, _DIGITS))
+_NAN: Final = Decimal("nan")
 _ZERO: Final = Decimal(0)
 _CENT: Final = Decimal("0.01")
 _SHARE: Final = Decimal("0.001")
@@ -71,15 +72,9 @@ class _Columns:
     amounts: tuple[tuple[int, str], ...]
 
 
-@dataclass(slots=True)
-class _Day:
-    """What a day has gathered: amounts by (key, unit), labels by key."""
-
-    sums: dict[_Slot, Decimal] = field(default_factory=dict)
-    labels: dict[str, str] = field(default_factory=dict)
-
-
-_EMPTY: Final = _Day()
+_Entry = tuple[str, str, str, str | None, Decimal]
+"""An amount of a table: day, key, unit, label, amount."""
+_slot: Final[Callable[[_Entry], tuple[str, str, str]]] = itemgetter(0, 1, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,18 +109,13 @@ def usage_days(dataset: Dataset, pages: Sequence[Page], *, window: Window, settl
     """
     if not _tile(pages, window):
         raise ValueError(f"the pages do not cover {window.start} to {window.end} day by day")
-    days: dict[date, _Day] = {}
-    dimension = dataset.dimension
+    entries: list[_Entry] = []
     with localcontext(_EXACT):
         for page in pages:
             table = Table.parse(page.body)
             if table.rows:
-                columns = _resolve(table, dataset, page.billing)
-                _gather(table, columns, _cells(table, columns), page.window, days)
-        return {
-            f"usage/{dimension}/{name}": _summed(dimension, name, days.get(day, _EMPTY), settled=day < settled_before)
-            for day, name in _days_of(window)
-        }
+                entries += _entries(table, _resolve(table, dataset, page.billing), page.window)
+        return _by_day(dataset.dimension or "", entries, window, settled_before)
 
 
 def _tile(pages: Sequence[Page], window: Window) -> bool:
@@ -146,15 +136,32 @@ def usage_day(dimension: str, day: str, rows: list[Record], *, settled: bool) ->
     return _record(dimension, day, rows, totals, settled=settled)
 
 
-def _summed(dimension: str, day: str, found: _Day, *, settled: bool) -> Record:
-    """Make the record of a day from what was gathered; sums follow the context."""
-    rows: list[Record] = []
-    totals: dict[str, Decimal] = {}
-    for (key, unit), amount in sorted(found.sums.items()):
+def _by_day(dimension: str, entries: list[_Entry], window: Window, settled_before: date) -> Listing:
+    """Make the days of a window from what lies in them; sums follow the context."""
+    entries.sort(key=_slot)
+    if len(set(map(_slot, entries))) < len(entries):
+        entries = [reduce(_added, same) for _, same in groupby(entries, _slot)]
+    rows: dict[str, list[Record]] = {name: [] for _, name in _days_of(window)}
+    sums: dict[str, dict[str, Decimal]] = {name: {} for name in rows}
+    for day, key, unit, label, amount in entries:
         if amount:
-            rows.append({"key": key, "label": found.labels.get(key), "unit": unit, "amount": _plain(amount)})
-            totals[unit] = totals[unit] + amount if unit in totals else amount
-    return _record(dimension, day, rows, {unit: _plain(totals[unit]) for unit in sorted(totals)}, settled=settled)
+            rows[day].append({"key": key, "label": label or None, "unit": unit, "amount": _plain(amount)})
+            of_day = sums[day]
+            of_day[unit] = of_day[unit] + amount if unit in of_day else amount
+    return {
+        f"usage/{dimension}/{name}": _record(
+            dimension,
+            name,
+            rows[name],
+            {unit: _plain(total) for unit, total in sorted(sums[name].items())},
+            settled=day < settled_before,
+        )
+        for day, name in _days_of(window)
+    }
+
+
+def _added(one: _Entry, other: _Entry) -> _Entry:
+    return (*one[:4], one[4] + other[4])
 
 
 def _record(dimension: str, day: str, rows: list[Record], totals: dict[str, str], *, settled: bool) -> Record:
@@ -261,31 +268,33 @@ def _cells(table: Table, columns: _Columns) -> _Cells:
     return cells
 
 
-def _gather(table: Table, columns: _Columns, cells: _Cells, window: Window | None, days: dict[date, _Day]) -> None:
-    """Add a table's rows to the days they belong to; what many rows repeat is worked out once."""
-    day_unit, inside = table.units[columns.day], {day for day, _ in _days_of(window)}
-    of_day: dict[Any, _Day | None] = {}
-    for cell in set(cells[columns.day]):
-        day = _utc_day(cell, day_unit)
-        of_day[cell] = days.setdefault(day, _Day()) if day in inside else None
+def _entries(table: Table, columns: _Columns, window: Window | None) -> list[_Entry]:
+    """Read what a table tells of the days of its window; what many rows repeat is worked out once."""
+    cells, inside = _cells(table, columns), dict(_days_of(window))
+    times, groups = cells[columns.day], cells[columns.key]
+    day_of = {cell: inside.get(_utc_day(cell, table.units[columns.day])) for cell in set(times)}
     is_product = table.columns[columns.key] == _PRODUCT
-    of_group = {group: _product(group) if is_product else (group or "", None) for group in set(cells[columns.key])}
-    labels: Sequence[str | None] = cells[columns.label] if columns.label is not None else ()
-    for at, unit in columns.amounts:
-        of_slot = {group: (key, unit) for group, (key, _) in of_group.items()}
-        for cell, group, amount in zip(cells[columns.day], cells[columns.key], cells[at], strict=True):
-            day_found = of_day[cell]
-            if day_found is not None and amount is not None:
-                slot, sums = of_slot[group], day_found.sums
-                number = _amount(amount)
-                sums[slot] = sums[slot] + number if slot in sums else number
-    spoken = labels or [of_group[group][1] for group in cells[columns.key]]
-    for cell, group, label in zip(cells[columns.day], cells[columns.key], spoken, strict=True):
-        day_found = of_day[cell]
-        if label and day_found is not None:
-            key, known = of_group[group][0], day_found.labels
-            if key not in known or label < known[key]:
-                known[key] = label
+    known = {group: _product(group) if is_product else (group or "", None) for group in set(groups)}
+    days, keys = [day_of[cell] for cell in times], [known[group][0] for group in groups]
+    spoken = [known[group][1] for group in groups] if columns.label is None else cells[columns.label]
+    labels = _labels(days, keys, spoken)
+    return [
+        (day, key, unit, label, amount)
+        for at, unit in columns.amounts
+        for day, key, label, amount in zip(days, keys, labels, _amounts(cells[at]), strict=True)
+        if day and amount
+    ]
+
+
+def _labels(days: Sequence[str | None], keys: Sequence[str], spoken: Sequence[str | None]) -> Sequence[str | None]:
+    """Give each row the least of the labels that rows of its day and key have."""
+    if len(set(zip(keys, spoken, strict=True))) == len(set(keys)):
+        return spoken
+    least: dict[tuple[str | None, str], str] = {}
+    for day, key, label in zip(days, keys, spoken, strict=True):
+        if label and label <= least.get((day, key), label):
+            least[day, key] = label
+    return [least.get(slot) for slot in zip(days, keys, strict=True)]
 
 
 _utc_day = lru_cache(maxsize=4096)(utc_day)
@@ -298,14 +307,20 @@ def _product(name: str | None) -> tuple[str, str | None]:
     return key, name if name and name != key else None
 
 
-def _amount(cell: str | float) -> Decimal:
+def _amounts(cells: Sequence[Any]) -> Sequence[Decimal | None]:
+    """Read a column of amounts as exact numbers; of floats, which it nearly always holds, without a step for each."""
     try:
-        amount = Decimal(repr(cell) if isinstance(cell, float) else cell)
+        numbers: list[Decimal | None] = (
+            list(map(Decimal, map(repr, cells)))
+            if set(map(type, cells)) == {float}
+            else [cell if cell is None else Decimal(repr(cell) if isinstance(cell, float) else cell) for cell in cells]
+        )
     except InvalidOperation:
-        amount = Decimal("nan")
-    if not amount.is_finite() or not -_DIGITS < amount.adjusted() < _DIGITS:
+        numbers = [_NAN]
+    some = list(filter(None, numbers))
+    if not all(map(Decimal.is_finite, some)) or not _MAGNITUDES.issuperset(map(Decimal.adjusted, some)):
         raise _broken("an amount is not a plausible number")
-    return amount
+    return numbers
 
 
 def _plain(amount: Decimal) -> str:

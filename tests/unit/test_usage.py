@@ -187,6 +187,7 @@ def test_zeros_and_nulls_are_no_rows() -> None:
         [AT, "b", 0.0],
         [AT, "c", None],
         [AT, "d", "0.00"],
+        [AT, "d", "0e-400"],
         [AT, "e", 2.5],
         [AT, "e", -2.5],
     ]
@@ -244,6 +245,20 @@ def test_label_column_labels_rows(dataset: Dataset, column: str) -> None:
     ]
     record = days([page(columns, rows)], dataset)[f"usage/{dataset.dimension}/2026-03-30"]
     assert [(row["key"], row["label"]) for row in record["rows"]] == [("", None), ("a", "Ana"), ("b", None)]
+
+
+def test_label_is_that_of_its_day() -> None:
+    """Who is renamed has the new name from that day on, whatever else the window holds."""
+    columns = [
+        ("timestamp", "DateTime", None),
+        ("user_id", "String", None),
+        ("total_usage", "Float", "credits"),
+        ("user_label", "String", None),
+    ]
+    rows = [[AT, "a", 1, "Zoe"], ["2026-03-31T00:00:00Z", "a", 1, "Ana"], [AT, "b", 1, "Bo"]]
+    found = days([page(columns, rows)])
+    labels = {subject: [row["label"] for row in day["rows"]] for subject, day in found.items() if day["rows"]}
+    assert labels == {"usage/member/2026-03-30": ["Zoe", "Bo"], "usage/member/2026-03-31": ["Ana"]}
 
 
 @pytest.mark.parametrize(

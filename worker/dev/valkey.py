@@ -21,6 +21,7 @@ requirepass {password}
 dir ./
 appendonly yes
 appendfsync everysec
+auto-aof-rewrite-min-size 256mb
 save ""
 maxmemory-policy noeviction
 daemonize no

@@ -53,7 +53,7 @@ class Table:
         rows: Any = document.get("rows")
         if not _is_texts(columns) or len(set(columns)) != len(columns):
             raise ContractBroken("table_columns", "The table's columns are no list of distinct names")
-        if not isinstance(rows, list) or any(not _has_width(row, len(columns)) for row in rows):
+        if not isinstance(rows, list) or not _are_wide(rows, len(columns)):
             raise ContractBroken("table_rows", "The table's rows do not fit its columns")
         return cls(
             tuple(columns),
@@ -86,14 +86,14 @@ def _is_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _has_width(row: object, width: int) -> bool:
-    return isinstance(row, list) and len(row) == width
+def _are_wide(rows: list[Any], width: int) -> bool:
+    return {list}.issuperset(map(type, rows)) and {width}.issuperset(map(len, rows))
 
 
 def _beside(columns: Sequence[str], values: Any) -> tuple[str | None, ...]:
     if values is None:
         return (None,) * len(columns)
-    if not _has_width(values, len(columns)):
+    if not isinstance(values, list) or len(values) != len(columns):
         raise ContractBroken("table_columns", "The table's types or units do not fit its columns")
     texts = (value if isinstance(value, str) else None for value in values)
     return tuple(None if text in _NO_UNIT else text for text in texts)

@@ -33,13 +33,16 @@ KEEPALIVE: dict[str, Any] = {
 }
 """A server that stopped answering is noticed within about ten seconds."""
 
-_PLANS = "".join(
+_PLANS = " -c plan_cache_mode=force_generic_plan" + "".join(
     f" -c {setting}=off"
     for setting in ("enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin", "jit")
 )
 """Rollcall only looks up keys. Of tables whose rows come and go, what the planner knows is old: it would read them
 whole, or an index of which most is dead. Plain index scans also clear away what is dead. What can only be read whole
-then seems dear enough to compile, which it is not."""
+then seems dear enough to compile, which it is not.
+
+So no plan is better for some values than for others, and each is made once for a connection, when first used
+(`prepare_threshold`): most statements take longer to plan than to execute."""
 
 
 def connection_options(application: str) -> dict[str, Any]:
@@ -48,6 +51,7 @@ def connection_options(application: str) -> dict[str, Any]:
         "autocommit": True,
         "row_factory": dict_row,
         "connect_timeout": CONNECT_TIMEOUT_S,
+        "prepare_threshold": 0,
         "application_name": f"rollcall {application}",
         "options": f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c timezone=UTC{_PLANS}"
         " -c idle_in_transaction_session_timeout=60000",

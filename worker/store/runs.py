@@ -175,18 +175,17 @@ async def _check_totals(connection: Connection, runs: Sequence[Row]) -> None:
         return
     rows = await connection.execute(
         """
-        SELECT n.id, dimension, day::text, unit, amount
+        SELECT n.id, day::text, unit, product, member, api_key
         FROM unnest(%b::uuid[], %b::uuid[], %b::date[], %b::date[]) AS n (id, c, first, last), LATERAL (
-            SELECT dimension, bucket_start AS day, unit, sum(amount) AS amount,
-                   count(*) OVER same AS dimensions, min(sum(amount)) OVER same AS least,
-                   max(sum(amount)) OVER same AS most
+            SELECT bucket_start AS day, unit, sum(amount) FILTER (WHERE dimension = 'product') AS product,
+                   sum(amount) FILTER (WHERE dimension = 'member') AS member,
+                   sum(amount) FILTER (WHERE dimension = 'api_key') AS api_key
             FROM rollcall.credit_usage
             WHERE connector_id = n.c AND dimension IN ('product', 'member', 'api_key')
                   AND bucket_start >= n.first AND bucket_start < n.last
-            GROUP BY dimension, bucket_start, unit
-            WINDOW same AS (PARTITION BY bucket_start, unit)
+            GROUP BY bucket_start, unit
         ) t
-        WHERE (dimensions < 3 OR least <> most) AND 3 = (
+        WHERE (product IS DISTINCT FROM member OR member IS DISTINCT FROM api_key) AND 3 = (
             SELECT count(*) FROM rollcall.usage_coverage v
             WHERE v.connector_id = n.c AND v.day = t.day AND v.dimension IN ('product', 'member', 'api_key')
                   AND v.state <> 'unavailable')
@@ -201,7 +200,9 @@ async def _check_totals(connection: Connection, runs: Sequence[Row]) -> None:
     totals: dict[UUID, dict[str, dict[tuple[str, str], Decimal]]] = {}
     async for row in rows:
         of_run = totals.setdefault(row["id"], {"product": {}, "member": {}, "api_key": {}})
-        of_run[row["dimension"]][row["day"], row["unit"]] = row["amount"]
+        for dimension, of_dimension in of_run.items():
+            if row[dimension] is not None:
+                of_dimension[row["day"], row["unit"]] = row[dimension]
     for run_id, by_dimension in totals.items():
         if found := reconcile_totals(by_dimension):
             warnings = [
