@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
-from uuid import uuid5
+from uuid import UUID, uuid5
 
 from pydantic import SecretStr
 
@@ -45,13 +45,15 @@ async def publish_all(asked: dict[str, Any], go: Go) -> Figures:
         target: [Change(subject, Op.CREATED, None, record, ()) for subject, record in listing.items()]
         for target, listing in listings.items()
     }
+    ids = {target: (uuid5(target.connector_id, "run"), uuid5(target.connector_id, "part")) for target in found}
     redis = redis_client(SecretStr(asked["redis_url"]))
     snapshots, began_at = RedisSnapshots(redis, ceiling_entries=observing.CEILING), datetime.now(UTC)
     waiting = iter(found.items())
 
     async def some() -> None:
         for target, changes in waiting:
-            entries = _entries(target, changes, began_at)
+            run_id, part_id = ids[target]
+            entries = _entries(target, changes, began_at, run_id, part_id)
             packed = pack(Base(NUMBER, records=listings[target]))
             done = await snapshots.publish(target, Dataset.MEMBERS, None, packed, "", entries)
             if done is not Publication.DONE:
@@ -66,7 +68,7 @@ async def publish_all(asked: dict[str, Any], go: Go) -> Figures:
     return {"seconds": seconds, "events": sum(map(len, found.values()))}
 
 
-def _entries(target: Target, changes: Sequence[Change], at: datetime) -> list[Entry]:
+def _entries(target: Target, changes: Sequence[Change], at: datetime, run_id: UUID, part_id: UUID) -> list[Entry]:
     return batches(
         changes,
         tenant_id=target.tenant_id,
@@ -74,9 +76,9 @@ def _entries(target: Target, changes: Sequence[Change], at: datetime) -> list[En
         dataset=Dataset.MEMBERS,
         base=0,
         sequence=NUMBER,
-        part_id=uuid5(target.connector_id, "part"),
+        part_id=part_id,
         began=at,
-        report=Report(run_id=uuid5(target.connector_id, "run"), records=len(changes), changes=len(changes)),
+        report=Report(run_id=run_id, records=len(changes), changes=len(changes)),
     )
 
 

@@ -21,7 +21,6 @@ requirepass {password}
 dir ./
 appendonly yes
 appendfsync everysec
-auto-aof-rewrite-min-size 256mb
 save ""
 maxmemory-policy noeviction
 daemonize no
