@@ -54,7 +54,6 @@ _NUMBERS: Final[frozenset[type]] = frozenset({str, int, float, _NULL})
 _DIGITS: Final = 64
 """Orders of magnitude an amount may lie from 1; what is beyond is no amount."""
 _MAGNITUDES: Final = frozenset(range(1 - _DIGITS, _DIGITS))
-_NAN: Final = Decimal("nan")
 _ZERO: Final = Decimal(0)
 _CENT: Final = Decimal("0.01")
 _SHARE: Final = Decimal("0.001")
@@ -90,9 +89,9 @@ def usage_days(dataset: Dataset, pages: Sequence[Page], *, window: Window, settl
     """Turn the pages of one usage window into its days, by subject `usage/<dimension>/<day>`, in order.
 
     Every UTC day of `window` is there, an empty one without rows. Rows outside their page's window are
-    dropped (buckets before the requested start were seen in the wild). Rows of one (day, key, unit) are
-    summed; a null group is key ''; a null amount is nothing used; zeros are no rows. A day is the same in
-    whatever window and order it was read.
+    dropped (buckets before the requested start were seen in the wild), once their columns were understood.
+    Rows of one (day, key, unit) are summed; a null group is key ''; a null amount is nothing used; zeros are
+    no rows. A day is the same in whatever window and order it was read.
 
     Args:
         dataset: one of the usage datasets.
@@ -138,7 +137,7 @@ def usage_day(dimension: str, day: str, rows: list[Record], *, settled: bool) ->
 
 def _by_day(dimension: str, entries: list[_Entry], window: Window, settled_before: date) -> Listing:
     """Make the days of a window from what lies in them; sums follow the context."""
-    entries.sort(key=_slot)
+    entries = sorted(entries, key=_slot)
     if len(set(map(_slot, entries))) < len(entries):
         entries = [reduce(_added, same) for _, same in groupby(entries, _slot)]
     rows: dict[str, list[Record]] = {name: [] for _, name in _days_of(window)}
@@ -292,7 +291,7 @@ def _labels(days: Sequence[str | None], keys: Sequence[str], spoken: Sequence[st
         return spoken
     least: dict[tuple[str | None, str], str] = {}
     for day, key, label in zip(days, keys, spoken, strict=True):
-        if label and label <= least.get((day, key), label):
+        if label and ((day, key) not in least or label < least[day, key]):
             least[day, key] = label
     return [least.get(slot) for slot in zip(days, keys, strict=True)]
 
@@ -309,14 +308,14 @@ def _product(name: str | None) -> tuple[str, str | None]:
 
 def _amounts(cells: Sequence[Any]) -> Sequence[Decimal | None]:
     """Read a column of amounts as exact numbers; of floats, which it nearly always holds, without a step for each."""
+    numbers: list[Decimal | None]
     try:
-        numbers: list[Decimal | None] = (
-            list(map(Decimal, map(repr, cells)))
-            if set(map(type, cells)) == {float}
-            else [cell if cell is None else Decimal(repr(cell) if isinstance(cell, float) else cell) for cell in cells]
-        )
+        if set(map(type, cells)) == {float}:
+            numbers = list(map(Decimal, map(repr, cells)))
+        else:
+            numbers = [None if cell is None else Decimal(str(cell)) for cell in cells]
     except InvalidOperation:
-        numbers = [_NAN]
+        raise _broken("an amount is no number") from None
     some = list(filter(None, numbers))
     if not all(map(Decimal.is_finite, some)) or not _MAGNITUDES.issuperset(map(Decimal.adjusted, some)):
         raise _broken("an amount is not a plausible number")

@@ -16,6 +16,7 @@ import psycopg
 import pytest
 from psycopg import sql
 from psycopg.rows import dict_row
+from pydantic import SecretStr
 
 from schemas.connectors import Dataset, RunKind
 from tests.fixtures.harness import Harness
@@ -26,7 +27,8 @@ from worker.errors import ContractBroken, Refused, TryLater
 from worker.plan import BULK_PER_MESSAGE, messages
 from worker.store import migrate as migrating
 from worker.store import sending as sending_module
-from worker.store.db import Connection
+from worker.store.conclude import lock_connectors
+from worker.store.db import Connection, Database
 from worker.store.migrate import migrate, migrations
 from worker.store.upkeep import age_out
 
@@ -292,6 +294,26 @@ async def test_the_first_that_are_due_leave_before_the_last_are_planned(
 
 
 # Transactions.
+
+
+async def test_a_table_may_get_columns_meanwhile(empty_url: str) -> None:
+    """Whoever works while a migration adds a column goes on, with the statement that reads all columns too."""
+    await asyncio.to_thread(migrate, empty_url)
+    db = Database(SecretStr(empty_url), application="worker", size=1)
+    await db.open()
+    try:
+
+        async def work(connection: Connection) -> str:
+            await lock_connectors(connection, [uuid4()])
+            row = await (await connection.execute("SHOW plan_cache_mode")).fetchone()
+            return str(row)
+
+        assert "force_generic_plan" in await db.transaction(work)
+        with psycopg.connect(empty_url, autocommit=True) as other:
+            other.execute("ALTER TABLE rollcall.connectors ADD COLUMN more text")
+        await db.transaction(work)
+    finally:
+        await db.close()
 
 
 async def test_serialization_failures_are_repeated(harness: Harness) -> None:

@@ -68,6 +68,8 @@ def test_a_table_is_columns_types_units_and_rows() -> None:
         b'{"columns":["a","a"],"rows":[]}',
         b'{"columns":["a"],"rows":[[1,2]]}',
         b'{"columns":["a"],"rows":{}}',
+        b'{"columns":["a"],"rows":["x"]}',
+        b'{"columns":["a"],"rows":[1]}',
         b'{"columns":["a"],"column_types":[],"rows":[]}',
         b'{"columns":["a"],"rows":[],"has_more":true}',
         b'{"columns":["a"],"rows":[],"next_cursor":"x"}',

@@ -180,6 +180,12 @@ def test_nonsense_amounts_break_the_contract(cell: object) -> None:
     assert "much" not in caught.value.message
 
 
+def test_nonsense_outside_the_window_breaks_it_too() -> None:
+    """A column is what it says in all its rows, or the table is not understood: those that are dropped count."""
+    with pytest.raises(ContractBroken):
+        credit_days([["2026-01-01T00:00:00Z", "u", "1e400"], [AT, "u", 1]])
+
+
 def test_zeros_and_nulls_are_no_rows() -> None:
     """Zero-filled buckets, null amounts and amounts that cancel out leave no row."""
     rows: list[list[Any]] = [
@@ -255,7 +261,7 @@ def test_label_is_that_of_its_day() -> None:
         ("total_usage", "Float", "credits"),
         ("user_label", "String", None),
     ]
-    rows = [[AT, "a", 1, "Zoe"], ["2026-03-31T00:00:00Z", "a", 1, "Ana"], [AT, "b", 1, "Bo"]]
+    rows = [[AT, "a", 1, None], [AT, "a", 0, "Zoe"], ["2026-03-31T00:00:00Z", "a", 1, "Ana"], [AT, "b", 1, "Bo"]]
     found = days([page(columns, rows)])
     labels = {subject: [row["label"] for row in day["rows"]] for subject, day in found.items() if day["rows"]}
     assert labels == {"usage/member/2026-03-30": ["Zoe", "Bo"], "usage/member/2026-03-31": ["Ana"]}

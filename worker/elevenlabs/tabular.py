@@ -53,7 +53,7 @@ class Table:
         rows: Any = document.get("rows")
         if not _is_texts(columns) or len(set(columns)) != len(columns):
             raise ContractBroken("table_columns", "The table's columns are no list of distinct names")
-        if not isinstance(rows, list) or not _are_wide(rows, len(columns)):
+        if not isinstance(rows, list) or not _all_have_width(rows, len(columns)):
             raise ContractBroken("table_rows", "The table's rows do not fit its columns")
         return cls(
             tuple(columns),
@@ -86,7 +86,7 @@ def _is_texts(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _are_wide(rows: list[Any], width: int) -> bool:
+def _all_have_width(rows: list[Any], width: int) -> bool:
     return {list}.issuperset(map(type, rows)) and {width}.issuperset(map(len, rows))
 
 

@@ -33,27 +33,33 @@ KEEPALIVE: dict[str, Any] = {
 }
 """A server that stopped answering is noticed within about ten seconds."""
 
-_PLANS = " -c plan_cache_mode=force_generic_plan" + "".join(
+_PLANS = "".join(
     f" -c {setting}=off"
     for setting in ("enable_seqscan", "enable_bitmapscan", "enable_hashjoin", "enable_mergejoin", "jit")
 )
 """Rollcall only looks up keys. Of tables whose rows come and go, what the planner knows is old: it would read them
 whole, or an index of which most is dead. Plain index scans also clear away what is dead. What can only be read whole
-then seems dear enough to compile, which it is not.
+then seems dear enough to compile, which it is not."""
 
-So no plan is better for some values than for others, and each is made once for a connection, when first used
-(`prepare_threshold`): most statements take longer to plan than to execute."""
+_LASTING = frozenset({"worker", "writer"})
+"""Processes that do the same again and again. Most of their statements take longer to plan than to execute, and none is
+better planned for certain values: so they are prepared when first used, and planned for any. What somebody asks for at
+a command line may leave out conditions by its values."""
+_PREPARED_MOST = 500
+"""A statement counts anew for each combination of its parameters' types, which follow the values."""
 
 
 def connection_options(application: str) -> dict[str, Any]:
     """Give libpq options: bounded waits, rows as dictionaries."""
+    lasting = application in _LASTING
+    plans = f"{_PLANS} -c plan_cache_mode={'force_generic_plan' if lasting else 'auto'}"
     return {
         "autocommit": True,
         "row_factory": dict_row,
         "connect_timeout": CONNECT_TIMEOUT_S,
-        "prepare_threshold": 0,
+        "prepare_threshold": 0 if lasting else 5,
         "application_name": f"rollcall {application}",
-        "options": f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c timezone=UTC{_PLANS}"
+        "options": f"-c statement_timeout={STATEMENT_TIMEOUT_MS} -c timezone=UTC{plans}"
         " -c idle_in_transaction_session_timeout=60000",
         **KEEPALIVE,
     }
@@ -81,7 +87,13 @@ async def connect(url: SecretStr, application: str) -> Connection:
 
     """
     with answering():
-        return await AsyncConnection[Row].connect(url.get_secret_value(), **connection_options(application))
+        connection = await AsyncConnection[Row].connect(url.get_secret_value(), **connection_options(application))
+    await _configure(connection)
+    return connection
+
+
+async def _configure(connection: Connection) -> None:
+    connection.prepared_max = _PREPARED_MOST
 
 
 class Database:
@@ -92,6 +104,7 @@ class Database:
             url.get_secret_value(),
             connection_class=AsyncConnection[Row],
             kwargs=connection_options(application),
+            configure=_configure,
             min_size=1,
             max_size=size,
             timeout=wait_s,
@@ -170,6 +183,8 @@ class Database:
 async def repeated(once: Callable[[], Awaitable[T]]) -> T:
     """Run a whole transaction, again on serialization failures and deadlocks, bounded and with full jitter.
 
+    And when a table has got another column since a statement was prepared; it is prepared anew after the rollback.
+
     Raises:
         TryLater: Postgres is away, or the repeats are used up.
         ContractBroken: the data cannot be written (SQLSTATE class 21, 22 or 23).
@@ -179,7 +194,11 @@ async def repeated(once: Callable[[], Awaitable[T]]) -> T:
         with answering():
             try:
                 return await once()
-            except (psycopg.errors.SerializationFailure, psycopg.errors.DeadlockDetected):
+            except (
+                psycopg.errors.SerializationFailure,
+                psycopg.errors.DeadlockDetected,
+                psycopg.errors.FeatureNotSupported,
+            ):
                 # Caught in here, since to the driver these are failures of the server as well.
                 await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - jitter, no secret
             except (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.CardinalityViolation) as error:
