@@ -64,6 +64,7 @@ async def publish_all(asked: dict[str, Any], go: Go) -> Figures:
     began = time.perf_counter()
     await asyncio.gather(*(some() for _ in range(observing.AT_ONCE)))
     seconds = time.perf_counter() - began
+    await snapshots.close()
     await redis.aclose()
     return {"seconds": seconds, "events": sum(map(len, found.values()))}
 

@@ -342,6 +342,7 @@ async def test_repeats_are_bounded(harness: Harness) -> None:
     with pytest.raises(TryLater) as later:
         await harness.runtime.db.transaction(work)
     assert later.value.reason == "database_contended"
+    assert "40P01" in later.value.message, "what Postgres said last"
 
 
 async def test_unwritable_data_is_no_outage(harness: Harness) -> None:

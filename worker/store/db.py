@@ -190,6 +190,7 @@ async def repeated(once: Callable[[], Awaitable[T]]) -> T:
         ContractBroken: the data cannot be written (SQLSTATE class 21, 22 or 23).
 
     """
+    said: str | None = None
     for attempt in range(REPEATS):
         with answering():
             try:
@@ -198,13 +199,14 @@ async def repeated(once: Callable[[], Awaitable[T]]) -> T:
                 psycopg.errors.SerializationFailure,
                 psycopg.errors.DeadlockDetected,
                 psycopg.errors.FeatureNotSupported,
-            ):
+            ) as error:
                 # Caught in here, since to the driver these are failures of the server as well.
+                said = error.sqlstate
                 await asyncio.sleep(random.uniform(0, 0.02 * 2**attempt))  # noqa: S311 - jitter, no secret
             except (psycopg.DataError, psycopg.IntegrityError, psycopg.errors.CardinalityViolation) as error:
                 # The last of them: a key twice in one statement. As two rows it would violate the key's constraint.
                 raise ContractBroken("unwritable", f"SQLSTATE {error.sqlstate}: {_constraint(error)}") from error
-    raise TryLater("database_contended", "Postgres asked for too many repeats of one transaction.")
+    raise TryLater("database_contended", f"Postgres asked for too many repeats of one transaction: SQLSTATE {said}.")
 
 
 def _constraint(error: psycopg.Error) -> str:
