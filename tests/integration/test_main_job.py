@@ -425,6 +425,19 @@ async def test_one_refused_usage_query_is_no_switch_of_billing(harness: Harness,
     await harness.agree(acme)
 
 
+async def test_a_dimension_without_a_row_counts_as_zero(harness: Harness) -> None:
+    """Of a covered day whose usage one dimension lacks entirely, the totals differ as well."""
+    acme = await harness.synced()
+    await harness.rows(
+        "DELETE FROM rollcall.credit_usage WHERE dimension = 'member' AND bucket_start = %s",
+        [date.fromisoformat(day(1))],
+    )
+    harness.simulator.mutate("acme", {"op": "usage_add", "day": day(0), "product": "music", "amount": "5"})
+    (run,) = await harness.poll(acme)
+    (warning,) = run["warnings"]
+    assert (warning["day"], warning["totals"]["member"]) == (day(1), "0")
+
+
 async def test_totals_that_do_not_reconcile_are_a_warning(harness: Harness) -> None:
     """Where dimensions of a day do not add up to one total, the run succeeds and its row says so."""
     acme = await harness.add_connector()
