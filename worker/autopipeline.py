@@ -6,20 +6,13 @@ A round trip of its own costs a command several times what it costs in a pipelin
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextvars import Context
 from typing import Any, Final
 
-from redis.asyncio import Redis
-
 from worker.errors import TryLater
-from worker.redis import answering
+from worker.redis import Command, Line, answering
 
-Command = tuple[Any, ...]
-"""A command's name and arguments, as the driver takes them."""
-
-AT_ONCE: Final = 2
-"""Pipelines under way: the server works on one while the next is written."""
 PIPELINE_BYTES: Final = 100_000
 """What would make a pipeline larger begins the next one, so that nobody waits long behind what is large."""
 
@@ -29,10 +22,15 @@ class AutoPipeline:
 
     Those of two tasks may overtake each other. When the server is away, all fail that wait by then. Whoever makes it
     closes it.
+
+    Args:
+        lines: closed with it; as many pipelines are under way at a time.
+
     """
 
-    def __init__(self, redis: Redis) -> None:
-        self._redis = redis
+    def __init__(self, lines: Iterable[Line]) -> None:
+        self._lines = tuple(lines)
+        self._idle = list(self._lines)
         self._waiting: list[_Asked] = []
         self._sending: set[asyncio.Task[None]] = set()
         self._closed = False
@@ -50,9 +48,10 @@ class AutoPipeline:
         loop = asyncio.get_running_loop()
         asked = _Asked(commands, loop.create_future())
         self._waiting.append(asked)
-        if len(self._sending) < AT_ONCE:
+        if self._idle:
             # It works for all: what it logs is nobody's.
-            self._sending.add(loop.create_task(self._send(), name="redis pipeline", context=Context()))
+            sending = loop.create_task(self._send(self._idle.pop()), name="redis pipeline", context=Context())
+            self._sending.add(sending)
         answers = await asked.answers
         for answer in answers:
             if isinstance(answer, Exception):
@@ -63,35 +62,35 @@ class AutoPipeline:
     async def close(self) -> None:
         """Fail what is under way and what waits, and whoever asks from now on."""
         self._closed = True
-        sending, self._sending = self._sending, set()
-        for task in sending:
+        for task in self._sending:
             task.cancel()
-        await asyncio.gather(*sending, return_exceptions=True)
-        self._fail_waiting(_closed())
+        await asyncio.gather(*self._sending, return_exceptions=True)
+        _fail(self._waiting, _closed())
+        for line in self._lines:
+            await line.close()
 
-    async def _send(self) -> None:
+    async def _send(self, line: Line) -> None:
         some: Sequence[_Asked] = ()
         try:
             while some := self._take():
                 try:
                     with answering():
-                        answers = await self._pipeline([command for asked in some for command in asked.commands])
+                        answers = await line.exchange([command for asked in some for command in asked.commands])
                 except TryLater as away:
                     # Who waits would hear the same, one timeout after the other.
-                    self._fail_waiting(away)
-                    _fail(some, away)
+                    waiting, self._waiting = self._waiting, []
+                    _fail((*some, *waiting), away)
                 except Exception as error:  # noqa: BLE001 - whoever asked says it, and others go on
                     _fail(some, error)
                 else:
+                    answers.reverse()
                     for asked in some:
                         asked.answer([answers.pop() for _ in asked.commands])
         finally:
-            self._sending -= {asyncio.current_task()}  # at once: whoever asks from now on is not taken along
+            # At once: whoever asks from now on is not taken along.
+            self._idle.append(line)
+            self._sending -= {asyncio.current_task()}
             _fail(some, _closed())
-
-    def _fail_waiting(self, error: TryLater) -> None:
-        waiting, self._waiting = self._waiting, []
-        _fail(waiting, error)
 
     def _take(self) -> Sequence[_Asked]:
         """Take from the front what goes along now; what nobody waits for any more is not sent."""
@@ -106,15 +105,6 @@ class AutoPipeline:
                 size += asked.size
         del self._waiting[:taken]
         return some
-
-    async def _pipeline(self, commands: Sequence[Command]) -> list[Any]:
-        """Send a pipeline; return the answers, the last one first."""
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for command in commands:
-                pipe.execute_command(*command)
-            answers: list[Any] = await pipe.execute(raise_on_error=False)
-        answers.reverse()
-        return answers
 
 
 def _closed() -> TryLater:

@@ -1,10 +1,12 @@
-"""The one Redis client of a process, and what its failures mean."""
+"""The one Redis client of a process, its connections for pipelines, and what failures mean."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+import builtins
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 from pydantic import SecretStr
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -20,6 +22,11 @@ SOCKET_TIMEOUT_S = 5.0
 MAX_CONNECTIONS = 24
 """Who finds all of them in use waits for one."""
 POOL_WAIT_S = 10.0
+EXCHANGE_TIMEOUT_S = 10.0
+"""A pipeline that is not answered whole by then is sent anew, on another connection."""
+
+Command = tuple[Any, ...]
+"""A command's name and arguments, as the driver takes them."""
 
 
 class _Mended:
@@ -63,6 +70,53 @@ def client(url: SecretStr) -> Redis:
     )
     pool.connection_class = type("Connection", (_Mended, pool.connection_class), {})
     return Redis.from_pool(pool)
+
+
+class Line:
+    """A connection for whole pipelines, as a client makes them; opened when first used, closed by whoever made it.
+
+    `Redis.pipeline` takes one from the pool for each pipeline, and times every write and every answer by itself: more
+    than half of what a pipeline costs. Here a pipeline has one timeout.
+    """
+
+    def __init__(self, redis: Redis, *, timeout_s: float = EXCHANGE_TIMEOUT_S) -> None:
+        pool = redis.connection_pool
+        self._timeout_s = timeout_s
+        self._connection = pool.connection_class(**{**pool.connection_kwargs, "socket_timeout": None})
+
+    async def exchange(self, commands: Sequence[Command]) -> list[Any]:
+        """Send commands, one pipeline at a time; return the answers, `ResponseError` for what the server refused.
+
+        When the connection breaks all are sent anew: some of them may be done twice.
+
+        Raises:
+            redis.exceptions.RedisError: the server is away.
+
+        """
+
+        async def once() -> list[Any]:
+            try:
+                async with asyncio.timeout(self._timeout_s):
+                    await self._connection.send_packed_command(self._connection.pack_commands(commands))
+                    return [await self._answer() for _ in commands]
+            except builtins.TimeoutError:
+                raise TimeoutError("The pipeline was not answered in time.") from None
+
+        answers: list[Any] = await self._connection.retry.call_with_retry(once, self._broke)
+        return answers
+
+    async def _answer(self) -> Any:
+        try:
+            return await self._connection.read_response()
+        except ResponseError as refused:
+            return refused
+
+    async def _broke(self, _error: Exception) -> None:
+        await self._connection.disconnect()
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._connection.disconnect()
 
 
 @contextmanager

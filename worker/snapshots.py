@@ -19,8 +19,10 @@ from worker.autopipeline import AutoPipeline
 from worker.entries import Entry
 from worker.packing import unpack
 from worker.ports import Base, Claim, Head, Packed, Publication, Target
-from worker.redis import answering
+from worker.redis import Line, answering
 
+_AT_ONCE = 2
+"""Pipelines under way: the server works on one while the next is written."""
 _PUBLISH = """
 local have = redis.call('HGET', KEYS[1], 'v') or ''
 if have == ARGV[2] then return 'done' end
@@ -63,7 +65,7 @@ class RedisSnapshots:
 
     def __init__(self, redis: Redis, *, ceiling_entries: int) -> None:
         self._redis, self._ceiling = redis, ceiling_entries
-        self._pipeline = AutoPipeline(redis)
+        self._pipeline = AutoPipeline(Line(redis) for _ in range(_AT_ONCE))
         self._publish = redis.register_script(_PUBLISH)
         self._note = redis.register_script(_NOTE)
         self._loaded = False

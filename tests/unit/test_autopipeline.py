@@ -5,14 +5,16 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import pytest
 from redis.exceptions import ConnectionError, ResponseError  # noqa: A004 - the driver's name
 
-from worker.autopipeline import AT_ONCE, PIPELINE_BYTES, AutoPipeline, Command
+from worker.autopipeline import PIPELINE_BYTES, AutoPipeline
 from worker.errors import TryLater
+from worker.redis import Command
+
+AT_ONCE = 2
 
 
 @dataclass(slots=True)
@@ -24,12 +26,9 @@ class Server:
     came: asyncio.Queue[None] = field(default_factory=asyncio.Queue)
     away: bool = False
     bug: bool = False
+    closed: int = 0
 
-    def pipeline(self, *, transaction: bool) -> Pipe:
-        assert not transaction
-        return Pipe(self)
-
-    async def answer(self, commands: Sequence[Command]) -> list[Any]:
+    async def exchange(self, commands: Sequence[Command]) -> list[Any]:
         self.sent.append(list(commands))
         self.came.put_nowait(None)
         await self.open.wait()
@@ -39,26 +38,8 @@ class Server:
             raise ZeroDivisionError
         return [ResponseError("wrong") if name == "BAD" else word for name, word, *_ in commands]
 
-
-@dataclass(slots=True)
-class Pipe:
-    server: Server
-    commands: list[Command] = field(default_factory=list)
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.commands.clear()
-
-    def execute_command(self, *command: Any) -> None:
-        self.commands.append(command)
-
-    async def execute(self, *, raise_on_error: bool) -> list[Any]:
-        assert not raise_on_error
-        return await self.server.answer(self.commands)
+    async def close(self) -> None:
+        self.closed += 1
 
 
 @pytest.fixture
@@ -68,7 +49,7 @@ def server() -> Server:
 
 @pytest.fixture
 def pipeline(server: Server) -> AutoPipeline:
-    return AutoPipeline(server)  # type: ignore[arg-type] # it is asked for pipelines only
+    return AutoPipeline([server] * AT_ONCE)  # type: ignore[list-item] # as many lines to it
 
 
 Sending = asyncio.Task[list[Any]]
@@ -179,9 +160,10 @@ async def test_who_waits_for_a_server_that_is_away_hears_it_at_once(pipeline: Au
 
 
 async def test_closing_fails_what_waits(pipeline: AutoPipeline, server: Server) -> None:
-    """Nobody waits for ever: what was sent and what was not hear that it is over."""
+    """Nobody waits for ever: what was sent and what was not hear that it is over; and no line stays open."""
     tasks = await under_way(pipeline, server, ("GET", "a"))
     await pipeline.close()
+    assert server.closed == AT_ONCE
     tasks.append(await asking(pipeline, ("GET", "late")))
     for task in tasks:
         with pytest.raises(TryLater, match="closed"):
