@@ -78,9 +78,12 @@ def configure(log_format: LogFormat, level: LogLevel, *, process: str, stream: T
     threading.excepthook = _log_thread_uncaught
 
 
-def bound(**ids: object) -> contextlib.AbstractContextManager[None]:
-    """Put ids (`tenant`, `connector`, `run`, `part`, `task`) on every line written in the `with` block."""
-    return structlog.contextvars.bound_contextvars(**{name: str(value) for name, value in ids.items()})
+def bind(**ids: object) -> None:
+    """Put ids (`tenant`, `connector`, `run`, `dataset`) on every line that this task writes from now on.
+
+    Tasks that it makes inherit them; whoever made it does not see them.
+    """
+    structlog.contextvars.bind_contextvars(**ids)
 
 
 class _Lines(logging.Handler):

@@ -19,7 +19,7 @@ import structlog
 from worker import metrics
 from worker.elevenlabs.protocol import Verdict
 from worker.errors import TryLater
-from worker.logs import bound
+from worker.logs import bind
 from worker.look import REFUSED_WAIT_S, Draft, look
 from worker.ports import Claim, Failure, Head, Ports, Publication, Quiet, Returned
 from worker.verdict import CONCLUSIVE
@@ -151,26 +151,21 @@ async def _lanes(claims: Sequence[Claim], heads: Mapping[UUID, Head], ports: Por
 
 
 async def _lane(claims: Sequence[Claim], heads: Mapping[UUID, Head], ports: Ports, done: set[UUID]) -> list[Result]:
-    with bound(tenant=claims[0].target.tenant_id, connector=claims[0].target.connector_id):
-        return await _one_by_one(claims, heads, ports, done)
-
-
-async def _one_by_one(
-    claims: Sequence[Claim], heads: Mapping[UUID, Head], ports: Ports, done: set[UUID]
-) -> list[Result]:
+    """Observe parts one by one, as a task of its own."""
+    bind(tenant=claims[0].target.tenant_id, connector=claims[0].target.connector_id)
     results: list[Result] = []
     dead: Verdict | None = None
     for claim in claims:
-        with bound(run=claim.run_id, dataset=claim.dataset):
-            result: Result = (
-                Failure(claim, dead) if dead else await _observe_one(claim, heads.get(claim.part_id, Head()), ports)
-            )
-            if isinstance(result, Failure):
-                dead = result.verdict if result.verdict.finding in CONCLUSIVE else None
-                log.info("part_failed", finding=str(result.verdict.finding), reason=result.verdict.reason)
-                await ports.ledger.failed(result)
-            elif isinstance(result, Returned):
-                await ports.ledger.give_back(claim, result.reason, result.wait_s)
+        bind(run=claim.run_id, dataset=claim.dataset)
+        result: Result = (
+            Failure(claim, dead) if dead else await _observe_one(claim, heads.get(claim.part_id, Head()), ports)
+        )
+        if isinstance(result, Failure):
+            dead = result.verdict if result.verdict.finding in CONCLUSIVE else None
+            log.info("part_failed", finding=str(result.verdict.finding), reason=result.verdict.reason)
+            await ports.ledger.failed(result)
+        elif isinstance(result, Returned):
+            await ports.ledger.give_back(claim, result.reason, result.wait_s)
         if not isinstance(result, Quiet):
             done.add(claim.part_id)
         metrics.OBSERVATIONS.labels(claim.dataset, _RESULTS[type(result)]).inc()

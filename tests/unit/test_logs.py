@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -18,6 +19,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, SecretStr
 
+from schemas.connectors import Dataset
 from worker import logs
 from worker.redaction import redact
 from worker.settings import LogFormat, LogLevel
@@ -109,20 +111,27 @@ def test_levels_filter_both() -> None:
     assert [line["event"] for line in lines()] == ["yes"]
 
 
-def test_bound_ids_are_on_every_line_inside() -> None:
-    """Ids bound by a `with` stand on every line inside it, foreign ones too, and on none after it."""
+async def test_bound_ids_are_on_every_line_of_a_task() -> None:
+    """Ids that a task binds stand on every line it writes from then on, foreign ones too, and on nobody else's."""
     _, lines = configured()
     run = UUID(int=7)
-    with logs.bound(tenant="t1", run=run):
-        with logs.bound(part=UUID(int=8), tenant="t2"):
-            logging.getLogger("aiohttp").info("inner")
+
+    async def inner() -> None:
+        logs.bind(dataset=Dataset.USAGE_MEMBER, tenant="t2")
+        logging.getLogger("aiohttp").info("inner")
+
+    async def outer() -> None:
+        logs.bind(tenant="t1", run=run)
+        await asyncio.create_task(inner())
         structlog.get_logger().info("outer")
+
+    await asyncio.create_task(outer())
     structlog.get_logger().info("after")
-    inner, outer, after = lines()
-    assert (inner["tenant"], inner["run"], inner["part"]) == ("t2", str(run), str(UUID(int=8)))
-    assert (outer["tenant"], outer["run"]) == ("t1", str(run))
-    assert "part" not in outer
-    assert not {"tenant", "run", "part"} & after.keys()
+    inside, around, after = lines()
+    assert (inside["tenant"], inside["run"], inside["dataset"]) == ("t2", str(run), "usage.member")
+    assert (around["tenant"], around["run"]) == ("t1", str(run))
+    assert "dataset" not in around
+    assert not {"tenant", "run", "dataset"} & after.keys()
 
 
 class Body(BaseModel):
@@ -153,12 +162,12 @@ class Body(BaseModel):
     ],
     ids=repr,
 )
-def test_no_value_shows_a_secret(value: object) -> None:
+async def test_no_value_shows_a_secret(value: object) -> None:
     """Whatever a secret is wrapped in, as a field, a bound id or a foreign argument, it is not written."""
     stream, lines = configured()
-    with logs.bound(odd=f"id {KEY}"):
-        structlog.get_logger().info(f"about {KEY}", value=value)
-        logging.getLogger("celery").error("got %s", value)
+    logs.bind(odd=f"id {KEY}")
+    structlog.get_logger().info(f"about {KEY}", value=value)
+    logging.getLogger("celery").error("got %s", value)
     assert len(lines()) == 2
     for secret in (KEY, PASSWORD, "unusual"):
         assert secret not in stream.getvalue()
