@@ -10,15 +10,19 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, with_config
+from typing_extensions import TypedDict  # pydantic asks for this one before Python 3.12
 
 BigInt = Annotated[int, Field(ge=-(2**63), le=2**63 - 1, description="what a Postgres bigint holds")]
 UnixSeconds = Annotated[int, Field(ge=0, le=253_402_300_799, description="up to the year 9999")]
 
 
+# A validation error must not quote the answer: it holds names and e-mail addresses.
+_CONFIG: Final = ConfigDict(extra="ignore", hide_input_in_errors=True)
+
+
 class _Wire(BaseModel):
-    # A validation error must not quote the answer: it holds names and e-mail addresses.
-    model_config = ConfigDict(extra="ignore", hide_input_in_errors=True)
+    model_config = _CONFIG
 
 
 class Subscription(_Wire):
@@ -35,13 +39,17 @@ class User(_Wire):
     subscription: Subscription
 
 
-class Member(_Wire):
-    """One of the bare array of `GET /v1/workspace/members`; its fields and their order are the record's."""
+@with_config(_CONFIG)
+class Member(TypedDict):
+    """One of the bare array of `GET /v1/workspace/members`; its fields and their order are the record's.
+
+    A dictionary, since there are many: to make an object of each takes as long as to validate them.
+    """
 
     user_id: str
     email: str
-    first_name: str | None = None
-    seat_type: str | None = None
+    first_name: Annotated[str | None, Field(default=None)]
+    seat_type: Annotated[str | None, Field(default=None)]
     is_owner: bool
     is_locked: bool
 

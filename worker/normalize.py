@@ -96,9 +96,9 @@ def _members(items: list[Any]) -> Iterator[_Pair]:
     while items:
         some = items[:_PIECE]
         del items[:_PIECE]
-        for member in _valid(Dataset.MEMBERS, provider.MEMBERS, some, first=first):
-            # The wire's fields are the record's, so the validated fields are the record: no copy for the many.
-            yield f"member/{member.user_id}", vars(member)
+        members: list[Any] = _valid(Dataset.MEMBERS, provider.MEMBERS, some, first=first)
+        for member in members:
+            yield f"member/{member['user_id']}", member
         first += len(some)
 
 
