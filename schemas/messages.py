@@ -41,4 +41,4 @@ class SyncConnector(_Message):
 class Fetch(_Message):
     """`rollcall.fetch_*`: observe these parts, those of a connector next to each other."""
 
-    part_ids: Annotated[list[UUID], Field(min_length=1, max_length=100)]
+    part_ids: Annotated[list[UUID], Field(min_length=1, max_length=200)]

@@ -7,7 +7,7 @@ from datetime import UTC, date, datetime, timedelta
 from uuid import UUID
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from schemas.connectors import DIRECTORY, USAGE, Access, Dataset, RunKind, Status, StatusReason
@@ -110,6 +110,7 @@ def test_polls_go_first(parts: list[OpenPart], allow_bulk: bool) -> None:
 
 
 @given(st.lists(st.sampled_from(RunKind)))
+@example([RunKind.POLL] * (POLLS_PER_MESSAGE + 1))
 def test_connectors_share_messages(kinds: list[RunKind]) -> None:
     """Everybody travels once, in order; polls never beside others; full messages; and the largest is a valid one."""
     lanes = [{UUID(int=1_000 * n + place): 1 for place in range(len(Dataset))} for n in range(len(kinds))]
