@@ -13,7 +13,17 @@ from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.connection import AbstractConnection
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialWithJitterBackoff
-from redis.exceptions import BusyLoadingError, ConnectionError, RedisError, ResponseError, TimeoutError  # noqa: A004 - the driver's names
+from redis.exceptions import (
+    BusyLoadingError,
+    ClusterDownError,
+    ConnectionError,  # noqa: A004 - the driver's name
+    OutOfMemoryError,
+    ReadOnlyError,
+    RedisError,
+    ResponseError,
+    TimeoutError,  # noqa: A004 - the driver's name
+    TryAgainError,
+)
 
 from worker.errors import TryLater
 
@@ -22,8 +32,14 @@ SOCKET_TIMEOUT_S = 5.0
 MAX_CONNECTIONS = 24
 """Who finds all of them in use waits for one."""
 POOL_WAIT_S = 10.0
-EXCHANGE_TIMEOUT_S = 10.0
-"""A pipeline that is not answered whole by then is sent anew, on another connection."""
+RETRIES = 2
+"""How often what a connection broke in is asked anew, on another one."""
+_ANSWERS = 10
+"""So many answers of a pipeline have one timeout: to set it costs a good part of reading a small one."""
+
+_NOT_NOW = (OutOfMemoryError, ReadOnlyError, ClusterDownError, TryAgainError)
+_NOT_NOW_CODES = ("NOREPLICAS", "MISCONF", "BUSY ")
+"""Refusals that the driver has no class for: of a class it drops the code from the text."""
 
 Command = tuple[Any, ...]
 """A command's name and arguments, as the driver takes them."""
@@ -66,7 +82,7 @@ def client(url: SecretStr) -> Redis:
         health_check_interval=10,
         max_connections=MAX_CONNECTIONS,
         timeout=POOL_WAIT_S,
-        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries=2),
+        retry=Retry(ExponentialWithJitterBackoff(base=0.05, cap=0.5), retries=RETRIES),
     )
     pool.connection_class = type("Connection", (_Mended, pool.connection_class), {})
     return Redis.from_pool(pool)
@@ -76,10 +92,10 @@ class Line:
     """A connection for whole pipelines, as a client makes them; opened when first used, closed by whoever made it.
 
     `Redis.pipeline` takes one from the pool for each pipeline, and times every write and every answer by itself: more
-    than half of what a pipeline costs. Here a pipeline has one timeout.
+    than half of what a pipeline costs. Here several answers have one.
     """
 
-    def __init__(self, redis: Redis, *, timeout_s: float = EXCHANGE_TIMEOUT_S) -> None:
+    def __init__(self, redis: Redis, *, timeout_s: float = SOCKET_TIMEOUT_S) -> None:
         pool = redis.connection_pool
         self._timeout_s = timeout_s
         self._connection = pool.connection_class(**{**pool.connection_kwargs, "socket_timeout": None})
@@ -95,15 +111,20 @@ class Line:
         """
 
         async def once() -> list[Any]:
+            answers: list[Any] = []
             try:
-                async with asyncio.timeout(self._timeout_s):
+                async with asyncio.timeout(self._timeout_s) as silence:
                     await self._connection.send_packed_command(self._connection.pack_commands(commands))
-                    return [await self._answer() for _ in commands]
+                    for n in range(len(commands)):
+                        if n % _ANSWERS == 0:
+                            silence.reschedule(asyncio.get_running_loop().time() + self._timeout_s)
+                        answers.append(await self._answer())
             except builtins.TimeoutError:
-                raise TimeoutError("The pipeline was not answered in time.") from None
+                raise TimeoutError("No answer in time.") from None
+            return answers
 
-        answers: list[Any] = await self._connection.retry.call_with_retry(once, self._broke)
-        return answers
+        answered: list[Any] = await self._connection.retry.call_with_retry(once, self._broke)
+        return answered
 
     async def _answer(self) -> Any:
         try:
@@ -115,8 +136,8 @@ class Line:
         await self._connection.disconnect()
 
     async def close(self) -> None:
-        """Close the connection."""
-        await self._connection.disconnect()
+        """Close the connection, without waiting for the server's side of it."""
+        await self._connection.disconnect(nowait=True)
 
 
 @contextmanager
@@ -124,7 +145,7 @@ def answering() -> Iterator[None]:
     """Turn an absent or starting server into `TryLater`, without its URL.
 
     Raises:
-        TryLater: Redis cannot be reached, does not answer in time, is loading or out of memory.
+        TryLater: Redis cannot be reached, does not answer in time, is loading, or takes no writes for now.
 
     """
     try:
@@ -135,7 +156,7 @@ def answering() -> Iterator[None]:
             f"Redis does not answer ({type(error).__name__}). Check REDIS_URL and that it is running.",
         ) from error
     except ResponseError as error:
-        if str(error).startswith(("OOM", "READONLY", "LOADING", "MASTERDOWN", "NOREPLICAS")):
+        if isinstance(error, _NOT_NOW) or str(error).startswith(_NOT_NOW_CODES):
             raise TryLater("redis_refuses", f"Redis refuses to write: {str(error)[:80]}") from error
         raise
     except RedisError as error:

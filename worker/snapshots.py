@@ -71,7 +71,7 @@ class RedisSnapshots:
         self._loaded = False
 
     async def close(self) -> None:
-        """Fail what is under way; the client is its owner's."""
+        """Fail what is under way, and close the lines; the client is its owner's."""
         await self._pipeline.close()
 
     async def heads(self, claims: Sequence[Claim]) -> dict[UUID, Head]:

@@ -157,6 +157,7 @@ async def observe_all(asked: dict[str, Any], go: Go) -> Figures:
     ]
     keys = {tenant: SecretStr(key) for tenant, _, key in asked["tenants"]}
     redis = redis_client(SecretStr(asked["redis_url"]))
+    snapshots = RedisSnapshots(redis, ceiling_entries=CEILING)
     ledger = MemoryLedger({}, as_of)
     async with Client(timeout_s=60) as client:
         over_http = Asking(client, keys)
@@ -164,7 +165,7 @@ async def observe_all(asked: dict[str, Any], go: Go) -> Figures:
         ports = Ports(
             ledger,
             NoFacts(),
-            RedisSnapshots(redis, ceiling_entries=CEILING),
+            snapshots,
             over_http if asked["http"] else remembered,
             calendar,
             GuardLimits(10, 0.2, 3),
@@ -177,6 +178,7 @@ async def observe_all(asked: dict[str, Any], go: Go) -> Figures:
         figures = await _measured("first", ports, first)
         await _measured("settling", ports, polls)  # leaves the digests of what a poll asks
         figures |= await _measured("same", ports, polls)
+    await snapshots.close()
     await redis.aclose()
     return figures
 

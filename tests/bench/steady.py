@@ -227,6 +227,7 @@ async def _snapshots(
     try:
         await asyncio.gather(*(some() for _ in range(AT_ONCE)))
     finally:
+        await snapshots.close()
         await redis.aclose()
 
 

@@ -26,9 +26,8 @@ class Server:
     came: asyncio.Queue[None] = field(default_factory=asyncio.Queue)
     away: bool = False
     bug: bool = False
-    closed: int = 0
 
-    async def exchange(self, commands: Sequence[Command]) -> list[Any]:
+    async def answer(self, commands: Sequence[Command]) -> list[Any]:
         self.sent.append(list(commands))
         self.came.put_nowait(None)
         await self.open.wait()
@@ -38,8 +37,26 @@ class Server:
             raise ZeroDivisionError
         return [ResponseError("wrong") if name == "BAD" else word for name, word, *_ in commands]
 
+
+@dataclass(slots=True)
+class OneLine:
+    """Takes one pipeline at a time, as a connection does: who breaks in would get others' answers."""
+
+    server: Server
+    busy: bool = False
+    closed: bool = False
+
+    async def exchange(self, commands: Sequence[Command]) -> list[Any]:
+        assert not self.busy
+        self.busy = True
+        try:
+            return await self.server.answer(commands)
+        finally:
+            self.busy = False
+
     async def close(self) -> None:
-        self.closed += 1
+        assert not self.busy
+        self.closed = True
 
 
 @pytest.fixture
@@ -48,8 +65,13 @@ def server() -> Server:
 
 
 @pytest.fixture
-def pipeline(server: Server) -> AutoPipeline:
-    return AutoPipeline([server] * AT_ONCE)  # type: ignore[list-item] # as many lines to it
+def lines(server: Server) -> list[OneLine]:
+    return [OneLine(server) for _ in range(AT_ONCE)]
+
+
+@pytest.fixture
+def pipeline(lines: list[OneLine]) -> AutoPipeline:
+    return AutoPipeline(lines)  # type: ignore[arg-type] # they do what is asked of lines
 
 
 Sending = asyncio.Task[list[Any]]
@@ -65,8 +87,9 @@ async def asking(pipeline: AutoPipeline, *commands: Command) -> Sending:
 async def under_way(pipeline: AutoPipeline, server: Server, *later: Command) -> list[Sending]:
     """Ask until as much is under way as may be, and then for others; give the first and these."""
     first = [await asking(pipeline, ("GET", "first")) for _ in range(AT_ONCE)]
-    for _ in first:
-        await server.came.get()
+    async with asyncio.timeout(5):
+        for _ in first:
+            await server.came.get()
     return [first[0], *[await asking(pipeline, command) for command in later]]
 
 
@@ -159,11 +182,27 @@ async def test_who_waits_for_a_server_that_is_away_hears_it_at_once(pipeline: Au
     assert len(server.sent) == AT_ONCE
 
 
-async def test_closing_fails_what_waits(pipeline: AutoPipeline, server: Server) -> None:
+@pytest.mark.parametrize("what", ["answered", "away", "bug"])
+async def test_every_line_works_again(pipeline: AutoPipeline, server: Server, lines: list[OneLine], what: str) -> None:
+    """However a pipeline ended, as many are under way as before, each on a line of its own."""
+    server.away, server.bug = what == "away", what == "bug"
+    await under_way(pipeline, server)
+    server.open.set()
+    while pipeline._sending:
+        await asyncio.wait(pipeline._sending)
+    server.open.clear()
+    server.away = server.bug = False
+    tasks = await under_way(pipeline, server, ("GET", "a"))
+    assert [line.busy for line in lines] == [True] * AT_ONCE
+    server.open.set()
+    assert await asyncio.gather(*tasks) == [["first"], ["a"]]
+
+
+async def test_closing_fails_what_waits(pipeline: AutoPipeline, server: Server, lines: list[OneLine]) -> None:
     """Nobody waits for ever: what was sent and what was not hear that it is over; and no line stays open."""
     tasks = await under_way(pipeline, server, ("GET", "a"))
     await pipeline.close()
-    assert server.closed == AT_ONCE
+    assert all(line.closed for line in lines)
     tasks.append(await asking(pipeline, ("GET", "late")))
     for task in tasks:
         with pytest.raises(TryLater, match="closed"):

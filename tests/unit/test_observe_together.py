@@ -10,16 +10,17 @@ from typing import Any, cast
 from uuid import UUID
 
 import pytest
+import structlog
 
 from schemas.connectors import Dataset, RunKind
 from worker import observe as recipe
 from worker.changes import GuardLimits
 from worker.compare import answer_digest
 from worker.elevenlabs.asking import Asked, Page
-from worker.elevenlabs.protocol import OK_VERDICT, Answer, Request
+from worker.elevenlabs.protocol import OK_VERDICT, Answer, Finding, Request, Verdict
 from worker.observe import observe
 from worker.plan import Calendar, settled_before
-from worker.ports import Claim, Head, Ports, Quiet, Target
+from worker.ports import Claim, Failure, Head, Ports, Quiet, Target
 
 NOW = datetime(2026, 4, 1, tzinfo=UTC)
 PAGE = Page(None, None, b"[]")
@@ -117,3 +118,44 @@ async def test_what_has_ended_is_closed_by_who_is_told_to_stop() -> None:
     with pytest.raises(asyncio.CancelledError):
         await observing
     assert (world.settled, world.returned) == ([{quick}], {hanging})
+
+
+class Refusals(Quietness):
+    """A ledger and a provider that refuses everything: each connector has two lanes of two parts."""
+
+    claims: Sequence[Claim] = ()
+
+    async def claim(self, part_ids: Sequence[UUID]) -> list[Claim]:
+        """Claim every part, four in a row of one connector."""
+        datasets = (Dataset.MEMBERS, Dataset.GROUPS, Dataset.USAGE_MEMBER, Dataset.USAGE_API_KEY)
+        targets = [Target(UUID(int=n), f"tenant {n}", "http://x", "", 0) for n in range(len(part_ids) // 4)]
+        self.claims = [
+            Claim(
+                p, UUID(int=n // 2), RunKind.POLL, datasets[n % 4], targets[n // 4], 2, 1, NOW, NOW, lane=1 + n % 4 // 2
+            )
+            for n, p in enumerate(part_ids)
+        ]
+        return list(self.claims)
+
+    async def converse(self, target: Target, asking: Generator[Request, Answer, Asked]) -> Asked:
+        """Refuse, once the gate is open."""
+        await super().converse(target, asking)
+        return Asked(Verdict(Finding.SCOPE, "scope_missing", ""))
+
+    async def failed(self, _failure: Failure) -> None:
+        """Know it."""
+
+
+async def test_a_line_of_the_log_names_whose_it_is() -> None:
+    """It tells the tenant, connector, run and dataset of its part, whoever is asked beside it; later ones tell none."""
+    world = Refusals([UUID(int=n) for n in range(8)])
+    with structlog.testing.capture_logs([structlog.contextvars.merge_contextvars]) as lines:
+        observing = world.start()
+        afterwards(lambda: world.open(UUID(int=0), UUID(int=1)))
+        await observing
+        structlog.get_logger().info("after")
+    after = lines.pop()
+    told = {(line["tenant"], line["connector"], line["run"], line["dataset"]) for line in lines}
+    assert len(lines) == len(world.claims)
+    assert told == {(c.target.tenant_id, c.target.connector_id, c.run_id, c.dataset) for c in world.claims}
+    assert set(after) == {"event", "log_level"}
