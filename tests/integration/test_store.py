@@ -23,12 +23,14 @@ from tests.fixtures.harness import Harness
 from tests.fixtures.servers import revive
 from worker.dev.stack import EmbeddedStack
 from worker.elevenlabs.protocol import Finding, Verdict
+from worker.entries import Observation, Report
 from worker.errors import ContractBroken, Refused, TryLater
 from worker.plan import BULK_PER_MESSAGE, messages
 from worker.store import migrate as migrating
 from worker.store import sending as sending_module
+from worker.store.books import apply
 from worker.store.conclude import lock_connectors
-from worker.store.db import Connection, Database
+from worker.store.db import Connection, Database, connect
 from worker.store.migrate import migrate, migrations
 from worker.store.upkeep import age_out
 
@@ -381,8 +383,8 @@ async def test_nothing_is_kept_longer_than_said(harness: Harness) -> None:
 # Plans.
 
 
-async def fill(harness: Harness) -> list[UUID]:
-    """Some thousands of connectors with a history; return five that are due."""
+async def fill(harness: Harness, many: int = MANY) -> list[UUID]:
+    """Many connectors with a history, counted by Postgres while nothing is open; return five that are due."""
     await harness.rows(
         """
         INSERT INTO rollcall.connectors (tenant_id, name, base_url, sealed_key, partition, next_sync_at, status,
@@ -392,7 +394,7 @@ async def fill(harness: Harness) -> list[UUID]:
                now() - n * interval '1 s'
         FROM generate_series(1, %s) n
         """,
-        [MANY],
+        [many],
     )
     datasets = [str(d) for d in Dataset]
     await harness.rows(
@@ -474,3 +476,30 @@ async def test_hot_statements_use_indexes(harness: Harness) -> None:
             assert (query, list(scanned(row["QUERY PLAN"][0]["Plan"]))) == (query, [])
     finally:
         await looked.close()
+
+
+async def test_statistics_of_a_quiet_moment_mislead_nobody(harness: Harness) -> None:
+    """A part is closed and its run settled by their own rows, though Postgres has not counted yet how many are open."""
+    await fill(harness, 400)
+    await harness.rows("UPDATE rollcall.connectors SET next_sync_at = now() - interval '1 s'")
+    sending, *_ = await harness.due(500)
+    claim, *_ = await harness.runtime.ports.ledger.claim(list(sending.lanes))
+    observation = Observation(
+        connector_id=sending.connector_id,
+        dataset=claim.dataset,
+        base=claim.version,
+        sequence=claim.number,
+        part_id=claim.part_id,
+        report=Report(run_id=claim.run_id, records=0, changes=0),
+    )
+    connection = await connect(harness.runtime.settings.require_database(), "worker")
+    try:
+        async with connection.transaction():
+            await apply(connection, [observation])
+            rows = await connection.execute(
+                "SELECT idx_tup_fetch + seq_tup_read AS read FROM pg_stat_xact_user_tables WHERE relname = 'sync_parts'"
+            )
+            (read,) = await rows.fetchall()
+    finally:
+        await connection.close()
+    assert 0 < read["read"] <= 4 * len(Dataset)

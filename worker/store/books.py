@@ -136,7 +136,7 @@ async def _advance(connection: Connection, good: Sequence[Observation]) -> None:
         )
         UPDATE rollcall.sync_parts p SET status = 'succeeded', lane = NULL, lease_until = NULL, error_class = NULL,
                error_reason = n.incomplete, records = n.records, changes = n.changes
-        FROM n WHERE p.id = n.part AND p.open
+        FROM n WHERE p.id = n.part AND p.status IN ('queued', 'running', 'waiting')
         """,
         [
             [o.connector_id for o in good],
