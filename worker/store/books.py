@@ -126,6 +126,7 @@ async def _advance(connection: Connection, good: Sequence[Observation]) -> None:
     """Advance the chains and close the parts."""
     if not good:
         return
+    # By status: asked whether it is `open`, Postgres may read all that are, by statistics of when none was.
     await connection.execute(
         """
         WITH n AS (SELECT * FROM unnest(%b::uuid[], %b::text[], %b::bigint[], %b::uuid[], %b::int[], %b::int[],
