@@ -201,18 +201,22 @@ def live(folder: Path, *, seed: int, duration_s: float, tenants: int = TENANTS) 
 
 
 def _settle(deployment: Deployment, report: Report) -> None:
+    try:
+        _come_to_rest(deployment, report)
+    except AssertionError as error:
+        report.stuck = str(error)
+
+
+def _come_to_rest(deployment: Deployment, report: Report) -> None:
+    """Await that everything agrees, count what is said although nothing changes, and end all polls."""
     # Polls alone must mend everything: a reconcile would hide what they overlook.
     deployment.rows("UPDATE rollcall.connectors SET reconciled_at = now() + interval '1 hour'")
     began = time.monotonic()
-    try:
-        wait_for("agreement", deployment.agrees, timeout_s=SETTLE_S)
-        report.settle_s = round(time.monotonic() - began, 1)
-        (row,) = deployment.rows("SELECT now() AS since")
-        # What no truth tells (the labels of usage) may follow with the next whole poll.
-        wait_for("a whole poll of everybody", lambda: _all_polled(deployment, row["since"]), timeout_s=SETTLE_S)
-    except AssertionError as error:
-        report.stuck = str(error)
-        return
+    wait_for("agreement", deployment.agrees, timeout_s=SETTLE_S)
+    report.settle_s = round(time.monotonic() - began, 1)
+    (row,) = deployment.rows("SELECT now() AS since")
+    # What no truth tells (the labels of usage) may follow with the next whole poll.
+    wait_for("a whole poll of everybody", lambda: _all_polled(deployment, row["since"]), timeout_s=SETTLE_S)
     deployment.reader.drain()
     told = len(deployment.reader.said)
     time.sleep(QUIET_S)
@@ -220,6 +224,7 @@ def _settle(deployment: Deployment, report: Report) -> None:
     events = [event for one in read(deployment.reader.said[told:]).once() for event in one.events]
     # Labels of settled days are mended by the next reconcile, whenever that comes.
     report.events_when_quiet = sum(not event["data"].get("settled", False) for event in events)
+    deployment.rest(timeout_s=SETTLE_S)
 
 
 def _all_polled(deployment: Deployment, since: datetime) -> bool:

@@ -130,8 +130,14 @@ class Deployment:
             cursor = connection.execute(query.encode(), values)
             return cursor.fetchall() if cursor.description else []
 
+    def rest(self, *, timeout_s: float) -> None:
+        """End all polls, and await all runs: what says that nothing changed may wait behind equal tables."""
+        self.rows("UPDATE rollcall.connectors SET next_sync_at = NULL")
+        running = "SELECT 1 FROM rollcall.sync_runs WHERE status IN ('queued', 'running')"
+        wait_for("the end of all runs", lambda: not self.rows(running), timeout_s=timeout_s)
+
     def evidence(self) -> Evidence:
-        """Collect all accounts; the tables must agree with the truth, as they do once things are quiet."""
+        """Collect all accounts; the tables must agree with the truth, as they do once things are quiet (`rest`)."""
         recent = self.today - timedelta(days=LOOKBACK_DAYS - 1)
         return witness.collect(self.database, self.reader, self.truths, recent=recent.isoformat())
 

@@ -46,6 +46,7 @@ def retell(folder: Path, now: datetime, *, faults: bool) -> dict[str, Values]:
         finally:
             changes.finish()
         wait_for("agreement", deployment.agrees, timeout_s=SETTLE_S)
+        deployment.rest(timeout_s=SETTLE_S)
         for process in deployment.processes:
             process.stop()
         evidence = deployment.evidence()

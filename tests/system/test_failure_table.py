@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import shutil
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -89,7 +90,8 @@ def works_again(installation: Deployment, tenant: str, pids: list[int | None]) -
 
 
 def keeps_promises(installation: Deployment) -> None:
-    """Check the whole history so far."""
+    """Check the whole history so far; no tenant is polled any more."""
+    installation.rest(timeout_s=FOUND_AGAIN_S)
     assert check(installation.evidence()) == []
 
 
@@ -130,6 +132,13 @@ def unapplied(installation: Deployment, stream: str) -> bool:
         info: Any = connected.xinfo_stream(stream)
     (writer,) = (group for group in groups if group["name"] == b"writer")
     return bool(writer["pending"] or writer["last-delivered-id"] != info["last-generated-id"])
+
+
+def forget_snapshots(installation: Deployment, tenant: str) -> None:
+    """Delete a tenant's snapshots: its next poll says, of every dataset, that nothing has changed."""
+    with client(installation) as connected:
+        keys: Any = connected.keys(f"rollcall:snapshot:*:{installation.connectors[tenant]}:*")
+        connected.delete(*keys)
 
 
 def count(installation: Deployment, tenant: str, table: str, condition: str) -> int:
@@ -248,6 +257,21 @@ def test_redis_rolled_back(installation: Deployment, tenant: str) -> None:
     valkey.start()
     rename(installation, tenant, "Third")
     works_again(installation, tenant, before)
+
+
+def test_slow_is_not_lost(installation: Deployment, tenant: str) -> None:
+    """Snapshots lost while the writer stands still: what is said meanwhile is applied when it goes on."""
+    writer = installation.process("writer")
+    writer.pause()
+    forget_snapshots(installation, tenant)
+    wait_for("it is published", lambda: in_stream(installation, tenant), timeout_s=SOON_S)
+    assert installation.agrees(tenant), "nothing has changed: the tables do not tell that something waits"
+    going_on = threading.Timer(DOWN_S, writer.resume)
+    going_on.start()
+    try:
+        keeps_promises(installation)
+    finally:
+        going_on.join()
 
 
 def test_postgres_restored_from_a_backup(installation: Deployment, tenant: str) -> None:
