@@ -43,7 +43,8 @@ class User(_Wire):
 class Member(TypedDict):
     """One of the bare array of `GET /v1/workspace/members`; its fields and their order are the record's.
 
-    A dictionary, since there are many: to make an object of each takes as long as to validate them.
+    A dictionary, since there are many, as there are of keys: to make an object of each takes as long as to validate
+    them.
     """
 
     user_id: str
@@ -80,23 +81,24 @@ class PlatformLimits(_Wire):
     music_concurrency: Limit | None = None
 
 
-class ApiKey(_Wire):
+@with_config(_CONFIG)
+class ApiKey(TypedDict):
     """A key of a service account. Keys of 2025 lacked the hash and all that follows `permissions`."""
 
     key_id: str
     service_account_user_id: str
     name: str
     hint: str
-    hashed_xi_api_key: str | None = None
-    created_at_unix: UnixSeconds | None = None
-    is_disabled: bool | None = None
-    permissions: list[str] | None = None
-    disable_reason: str | None = None
-    character_limit: BigInt | None = None
-    allowed_ips: list[str] | None = None
-    third_party_disable_allowed: bool | None = None
-    platform_limits: PlatformLimits | None = None
-    expires_at_unix: UnixSeconds | None = None
+    hashed_xi_api_key: Annotated[str | None, Field(default=None)]
+    created_at_unix: Annotated[UnixSeconds | None, Field(default=None)]
+    is_disabled: Annotated[bool | None, Field(default=None)]
+    permissions: Annotated[list[str] | None, Field(default=None)]
+    disable_reason: Annotated[str | None, Field(default=None)]
+    character_limit: Annotated[BigInt | None, Field(default=None)]
+    allowed_ips: Annotated[list[str] | None, Field(default=None)]
+    third_party_disable_allowed: Annotated[bool | None, Field(default=None)]
+    platform_limits: Annotated[PlatformLimits | None, Field(default=None)]
+    expires_at_unix: Annotated[UnixSeconds | None, Field(default=None)]
 
 
 class GroupRef(_Wire):

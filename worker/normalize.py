@@ -130,21 +130,21 @@ def _service_account(account: provider.ServiceAccount) -> _Pair:
 
 
 def _api_key(key: provider.ApiKey) -> _Pair:
-    return f"api_key/{key.key_id}", {
-        "key_id": key.key_id,
-        "service_account_id": key.service_account_user_id,
-        "name": key.name,
-        "hint": key.hint,
-        "key_hash": key.hashed_xi_api_key,
-        "permissions": _as_set(key.permissions),
-        "created_at": _time(key.created_at_unix),
-        "expires_at": _time(key.expires_at_unix),
-        "is_disabled": bool(key.is_disabled),
-        "disable_reason": key.disable_reason,
-        "character_limit": key.character_limit,
-        "allowed_ips": _as_set(key.allowed_ips),
-        "third_party_disable_allowed": key.third_party_disable_allowed,
-        "platform_limits": _limits(key.platform_limits),
+    return f"api_key/{key['key_id']}", {
+        "key_id": key["key_id"],
+        "service_account_id": key["service_account_user_id"],
+        "name": key["name"],
+        "hint": key["hint"],
+        "key_hash": key["hashed_xi_api_key"],
+        "permissions": _as_set(key["permissions"]),
+        "created_at": _time(key["created_at_unix"]),
+        "expires_at": _time(key["expires_at_unix"]),
+        "is_disabled": bool(key["is_disabled"]),
+        "disable_reason": key["disable_reason"],
+        "character_limit": key["character_limit"],
+        "allowed_ips": _as_set(key["allowed_ips"]),
+        "third_party_disable_allowed": key["third_party_disable_allowed"],
+        "platform_limits": _limits(key["platform_limits"]),
     }
 
 

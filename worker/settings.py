@@ -145,7 +145,9 @@ class Settings(BaseSettings):
     event_retention_s: Count = Field(604_800, description="seconds that events stay for slow subscribers")
     writer_turn_s: Wait = Field(1.0, description="seconds a writer holds a partition before it lets others")
     writer_batch_entries: Count = Field(200, description="most stream entries read at once")
-    db_pool_size: Count = Field(8, description="most Postgres connections of one process")
+    db_pool_size: Count = Field(
+        4, description="most Postgres connections of one process; each plans its statements by itself"
+    )
     shutdown_grace_s: Wait = Field(20, description="seconds work may take to finish after a stop signal")
 
     hold_records: Annotated[int, Field(ge=0)] = Field(

@@ -152,7 +152,7 @@ def ask(
 
     """
     if dataset in _LISTS:
-        return replace((yield from _list(_LISTS[dataset], now)), cost_since=cost_since)
+        return (yield from _list(_LISTS[dataset], now, cost_since))
     if window is None or _midnight(window.start) > now:
         raise ValueError("usage is asked for a window that has begun")
     asked = Asked(OK_VERDICT, cost_since=cost_since)
@@ -163,7 +163,7 @@ def ask(
             found = Asked(unanswered(trouble))
         if not found.verdict.ok:
             return replace(asked, rest=found.verdict) if asked.pages else found
-        asked = replace(found, pages=found.pages + asked.pages, window=Window(piece.start, window.end))
+        asked = Asked(found.verdict, found.pages + asked.pages, found.cost_since, Window(piece.start, window.end))
         if sum(len(page.body) for page in asked.pages) >= ENOUGH_BYTES:
             break
     return asked
@@ -178,13 +178,13 @@ def _piece(column: str, window: Window, now: datetime, cost_since: date | None) 
     if after and asked.verdict.ok:
         rest = yield from _usage(Billing.COST, column, after, now)
         asked = Asked(rest.verdict, asked.pages + rest.pages if rest.verdict.ok else (), asked.cost_since)
-    return replace(asked, cost_since=asked.cost_since or cost_since)
+    return asked if asked.cost_since or not cost_since else replace(asked, cost_since=cost_since)
 
 
-def _list(path: str, now: datetime | None = None) -> Asking:
+def _list(path: str, now: datetime | None = None, cost_since: date | None = None) -> Asking:
     answer = yield Request("GET", path)
     verdict = classify(answer, now)
-    return Asked(verdict, (Page(None, None, answer.body),) if verdict.ok else ())
+    return Asked(verdict, (Page(None, None, answer.body),) if verdict.ok else (), cost_since)
 
 
 def _usage(billing: Billing, column: str, window: Window, now: datetime) -> Asking:

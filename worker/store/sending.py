@@ -90,7 +90,7 @@ class Dispatch:
         active = {(row["connector_id"], row["kind"]) async for row in rows}
         kinds = {cid: self._kind(row, active) for cid, row in connectors.items()}
         runs = {cid: uuid4() for cid, kind in kinds.items() if (cid, kind) not in active}
-        access = await access_of(connection, list(runs))
+        access = await access_of(connection, list(runs), granted=False)
         planned = {
             cid: plan.plan(
                 kinds[cid],
@@ -190,7 +190,7 @@ class Dispatch:
                 return []
             if row["run_status"] == "queued":
                 kind = RunKind(row["kind"])
-                access = await access_of(connection, [row["id"]])
+                access = await access_of(connection, [row["id"]], granted=False)
                 parts = plan.plan(
                     kind,
                     Status(row["status"]),
@@ -237,12 +237,14 @@ class Dispatch:
         return await self._db.statement(bulk_room)
 
 
-async def access_of(connection: Connection, ids: Sequence[UUID]) -> dict[UUID, dict[Dataset, AccessRow]]:
-    """Read the access rows of connectors."""
+async def access_of(
+    connection: Connection, ids: Sequence[UUID], *, granted: bool = True
+) -> dict[UUID, dict[Dataset, AccessRow]]:
+    """Read the access rows of connectors; with `granted` false only those that a plan may leave out."""
     rows = await connection.execute(
         "SELECT connector_id, dataset, state, reason, missing_permission, checked_at"
-        " FROM rollcall.connector_access WHERE connector_id = ANY(%b)",
-        [list(ids)],
+        " FROM rollcall.connector_access WHERE connector_id = ANY(%b) AND (%b OR state <> 'granted')",
+        [list(ids), granted],
     )
     found: dict[UUID, dict[Dataset, AccessRow]] = {cid: {} for cid in ids}
     async for row in rows:
