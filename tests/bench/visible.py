@@ -137,7 +137,10 @@ async def _subscribe(place: Place, seen: Seen, probe: Tenant, partition: int) ->
 
 @dataclass(slots=True)
 class Probing:
-    """One connector with a `member` whose changes are followed, one after the other."""
+    """One connector with a `member` whose changes are followed, one after the other.
+
+    `name` tells its marks from those of an earlier round, the last of which the provider still shows.
+    """
 
     simulator: Simulator
     database: Database
@@ -146,11 +149,12 @@ class Probing:
     seen: Seen
     history: History
     sent: int = 0
+    name: str = field(default_factory=lambda: uuid4().hex)
 
     async def once(self) -> tuple[float, float]:
         """Change a member, always the same one, ask for a poll, and follow the change."""
         self.sent += 1
-        mark = f"mark.{self.sent}"
+        mark = f"mark.{self.name}.{self.sent}"
         change = {"op": "member_update", "user_id": self.member, "email": f"{mark}@probe.example"}
         with self.history.changing([self.probe]):
             self.simulator.mutate(self.probe.workspace, change)
