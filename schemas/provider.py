@@ -43,8 +43,7 @@ class User(_Wire):
 class Member(TypedDict):
     """One of the bare array of `GET /v1/workspace/members`; its fields and their order are the record's.
 
-    A dictionary, since there are many, as there are of keys: to make an object of each takes as long as to validate
-    them.
+    A dictionary, since there are many: to make an object of each takes as long as to validate them.
     """
 
     user_id: str
@@ -83,7 +82,10 @@ class PlatformLimits(_Wire):
 
 @with_config(_CONFIG)
 class ApiKey(TypedDict):
-    """A key of a service account. Keys of 2025 lacked the hash and all that follows `permissions`."""
+    """A key of a service account, a dictionary as `Member` is.
+
+    Keys of 2025 lacked the hash and all that follows `permissions`.
+    """
 
     key_id: str
     service_account_user_id: str

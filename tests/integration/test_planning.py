@@ -35,3 +35,26 @@ async def test_a_run_planned_at_once_by_several_has_its_parts_once(harness: Harn
         run = await harness.one("SELECT * FROM rollcall.sync_runs WHERE id = %s", [run_id])
         assert (run["status"], run["parts_total"], run["parts_done"]) == ("succeeded", len(Dataset), len(Dataset))
     assert harness.lapses == 0
+
+
+async def test_what_a_plan_leaves_out_is_asked_for_by_no_run(harness: Harness) -> None:
+    """Outside the customer's plan since less than a day: neither a due run nor an asked-for one asks again."""
+    acme = await harness.synced()
+    await harness.rows(
+        "UPDATE rollcall.connector_access SET state = 'unavailable', reason = 'not_found', checked_at = now()"
+        " WHERE connector_id = %s AND dataset = 'groups'",
+        [acme.id],
+    )
+    (run,) = await harness.poll(acme)
+    assert run["parts_total"] == len(Dataset) - 1
+    run_id = uuid4()
+    await request_sync(
+        harness.runtime.registry,
+        tenant_id=acme.tenant,
+        connector_id=acme.id,
+        kind=RunKind.POLL,
+        run_id=run_id,
+        actor="test",
+    )
+    (sending,) = await harness.runtime.dispatch.plan_run(run_id)
+    assert set(sending.datasets) == set(Dataset) - {Dataset.GROUPS}

@@ -218,6 +218,20 @@ def test_a_run_asks_for_everything(kind: RunKind, as_of: datetime, calendar: Cal
     assert parts == plan(kind, Status.CONNECTED, {}, as_of=as_of, calendar=calendar)
 
 
+@given(
+    KINDS,
+    st.dictionaries(
+        st.sampled_from(Dataset), st.tuples(st.sampled_from(Access), st.sampled_from([None, "plan_too_low"]))
+    ),
+)
+def test_what_is_granted_changes_no_plan(kind: RunKind, known: dict[Dataset, tuple[Access, str | None]]) -> None:
+    """A plan is the same without the rows of what is granted: so they need not be read."""
+    rows = {d: AccessRow(d, state, reason, None, NOW) for d, (state, reason) in known.items()}
+    others = {d: row for d, row in rows.items() if row.state is not Access.GRANTED}
+    plans = [plan(kind, Status.CONNECTED, some, as_of=NOW, calendar=Calendar()) for some in (rows, others)]
+    assert plans[0] == plans[1]
+
+
 def test_a_disconnected_connector_is_only_probed() -> None:
     """One cheap request tells whether the key lives again."""
     parts = plan(RunKind.POLL, Status.DISCONNECTED, {}, as_of=NOW, calendar=Calendar())

@@ -178,7 +178,9 @@ def _piece(column: str, window: Window, now: datetime, cost_since: date | None) 
     if after and asked.verdict.ok:
         rest = yield from _usage(Billing.COST, column, after, now)
         asked = Asked(rest.verdict, asked.pages + rest.pages if rest.verdict.ok else (), asked.cost_since)
-    return asked if asked.cost_since or not cost_since else replace(asked, cost_since=cost_since)
+    if asked.cost_since is None and cost_since is not None:
+        return replace(asked, cost_since=cost_since)
+    return asked
 
 
 def _list(path: str, now: datetime | None = None, cost_since: date | None = None) -> Asking:
