@@ -15,7 +15,7 @@ PLAN_RECHECK = timedelta(days=1)
 RECONCILE_DAYS = 30
 LANES = (1, 2)
 """A connector's places for a request in flight: the provider's other traffic is never displaced by more."""
-POLLS_PER_MESSAGE, BULK_PER_MESSAGE = 20, 4
+POLLS_PER_MESSAGE, BULK_PER_MESSAGE = 25, 4
 """How many connectors' parts travel in one message. Of backfills and reconciles more would save little, and all their
 answers are in memory at once; of a poll the message, its claim and its end are a good part of the cost."""
 _PRIORITY = {RunKind.POLL: 0, RunKind.RECONCILE: 1, RunKind.BACKFILL: 2}

@@ -70,7 +70,7 @@ class Packed:
 class Head:
     """A snapshot's head: the version and the digest of the last answer (empty: none); None: no snapshot.
 
-    Usage changes at nearly every poll, so its snapshot, which is small, comes along.
+    The snapshot itself comes along when it is small: most polls need some of them, and to ask again costs more.
     """
 
     version: int | None = None
@@ -167,7 +167,7 @@ class Snapshots(Protocol):
         """Read the heads of the snapshots of these parts' datasets, by part."""
 
     async def load(self, target: Target, dataset: Dataset, version: int) -> Base | None:
-        """Read the snapshot of that version, None when it is not there any more."""
+        """Read the snapshot of that version that did not come with its head; None when it is not there any more."""
 
     async def note_digest(self, target: Target, dataset: Dataset, version: int, digest: str) -> None:
         """Renew the digest of an unchanged snapshot of that version."""

@@ -1,6 +1,7 @@
 """Snapshots: what was last published of each dataset, written together with the stream entries.
 
-A hash per (connector, dataset): `v` version, `d` digest of request and raw answer, `b` the compressed records.
+A hash per (connector, dataset): `v` version, `d` digest of request and raw answer, and the compressed records: small
+ones in `s`, which is read with the two, large ones in `b`, which is read when it is needed.
 They may vanish at any time: Postgres is the truth.
 """
 
@@ -23,13 +24,17 @@ from worker.redis import Line, answering
 
 _AT_ONCE = 2
 """Pipelines under way: the server works on one while the next is written."""
+SMALL_BYTES = 16_384
+"""Records that small take less to read than to ask for once more; those of a full message are in memory together."""
+_SMALL, _LARGE = "s", "b"
 _PUBLISH = """
 local have = redis.call('HGET', KEYS[1], 'v') or ''
 if have == ARGV[2] then return 'done' end
 if have ~= ARGV[1] then return 'refused' end
 if redis.call('XLEN', KEYS[2]) >= tonumber(ARGV[5]) then return 'full' end
-redis.call('HSET', KEYS[1], 'v', ARGV[2], 'd', ARGV[3], 'b', ARGV[4])
-local at = 7
+redis.call('HSET', KEYS[1], 'v', ARGV[2], 'd', ARGV[3], ARGV[7], ARGV[4])
+redis.call('HDEL', KEYS[1], ARGV[8])
+local at = 9
 for _ = 1, tonumber(ARGV[6]) do
     local size = tonumber(ARGV[at])
     local fields = {}
@@ -77,16 +82,13 @@ class RedisSnapshots:
     async def heads(self, claims: Sequence[Claim]) -> dict[UUID, Head]:
         """Read heads; see `worker.ports.Snapshots`."""
         found = await self._pipeline.send(
-            *(
-                ("HMGET", _key(claim.target, claim.dataset), "v", "d", *(("b",) if claim.dataset.dimension else ()))
-                for claim in claims
-            )
+            *(("HMGET", _key(claim.target, claim.dataset), "v", "d", _SMALL) for claim in claims)
         )
         return {claim.part_id: _head(*fields) for claim, fields in zip(claims, found, strict=True)}
 
     async def load(self, target: Target, dataset: Dataset, version: int) -> Base | None:
         """Read a snapshot's records; see `worker.ports.Snapshots`."""
-        ((v, blob),) = await self._pipeline.send(("HMGET", _key(target, dataset), "v", "b"))
+        ((v, blob),) = await self._pipeline.send(("HMGET", _key(target, dataset), "v", _LARGE))
         if v is None or not isinstance(blob, bytes) or int(v) != version:
             return None
         return unpack(Packed(version, blob))
@@ -112,6 +114,7 @@ class RedisSnapshots:
             new.blob,
             self._ceiling,
             len(entries),
+            *((_SMALL, _LARGE) if len(new.blob) <= SMALL_BYTES else (_LARGE, _SMALL)),
         ]
         for entry in entries:
             arguments.append(2 * len(entry.fields))
