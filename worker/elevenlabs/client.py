@@ -11,7 +11,6 @@ from typing import Final, Self
 
 import aiohttp
 import structlog
-from isal import isal_zlib
 from pydantic import SecretStr
 
 from worker.elevenlabs.asking import Asked, Asking, unanswered
@@ -23,7 +22,6 @@ _FIRST_ERROR: Final = 300
 _SHORTEST_KEY: Final = 8
 
 _log = structlog.get_logger()
-aiohttp.set_zlib_backend(isal_zlib)  # needs two thirds of the time; there is one for the whole process
 
 
 class Client:
