@@ -1,7 +1,8 @@
 """Snapshots: what was last published of each dataset, written together with the stream entries.
 
 A hash per (connector, dataset): `v` version, `d` digest of request and raw answer, and the compressed records: small
-ones in `s`, which is read with the two, large ones in `b`, which is read when it is needed.
+ones in `s`, which is read with the two, large ones in `b`, which is read when it is needed. Before the small ones stands
+their version: a worker of an earlier state, which knows `b` only, leaves them when it publishes.
 They may vanish at any time: Postgres is the truth.
 """
 
@@ -107,14 +108,15 @@ class RedisSnapshots:
         entries: Sequence[Entry],
     ) -> Publication:
         """Write snapshot and entries in one step; see `worker.ports.Snapshots`."""
+        small = len(new.blob) <= SMALL_BYTES
         arguments: list[Any] = [
             "" if expected is None else str(expected),
             str(new.version),
             digest,
-            new.blob,
+            b"%d %b" % (new.version, new.blob) if small else new.blob,
             self._ceiling,
             len(entries),
-            *((_SMALL, _LARGE) if len(new.blob) <= SMALL_BYTES else (_LARGE, _SMALL)),
+            *((_SMALL, _LARGE) if small else (_LARGE, _SMALL)),
         ]
         for entry in entries:
             arguments.append(2 * len(entry.fields))
@@ -147,10 +149,11 @@ class RedisSnapshots:
                 await self._redis.unlink(key)
 
 
-def _head(version: bytes | None, digest: bytes | None, blob: bytes | None = None) -> Head:
+def _head(version: bytes | None, digest: bytes | None, small: bytes | None) -> Head:
     if version is None:
         return Head()
-    return Head(int(version), (digest or b"").decode(), Packed(int(version), blob) if blob else None)
+    of, _, blob = (small or b"").partition(b" ")
+    return Head(int(version), (digest or b"").decode(), Packed(int(version), blob) if of == version else None)
 
 
 def _key(target: Target, dataset: Dataset) -> str:

@@ -15,7 +15,7 @@ from worker.entries import Entry
 from worker.packing import pack, unpack
 from worker.ports import Base, Claim, Head, Packed, Publication, Target
 from worker.redis import client
-from worker.snapshots import SMALL_BYTES, RedisSnapshots
+from worker.snapshots import SMALL_BYTES, RedisSnapshots, snapshot_key
 
 NOW = datetime(2026, 4, 17, 12, tzinfo=UTC)
 ID = UUID(int=1)
@@ -68,3 +68,17 @@ async def test_records_that_change_their_size_leave_no_old_ones_behind(snapshots
         now, loaded = await head(snapshots), await snapshots.load(TARGET, Dataset.MEMBERS, version)
         found = [unpack(now.packed) if now.packed else None, loaded]
         assert [dict(one.records) for one in found if one] == [base(version, members).records]
+
+
+async def test_small_records_that_an_earlier_worker_left_behind_are_not_believed(
+    snapshots: RedisSnapshots, redis_url: str
+) -> None:
+    """A worker of an earlier state knows of large records only: what it publishes leaves the small ones as they were."""
+    await publish(snapshots, None, pack(base(1, 10)))
+    key = snapshot_key(TARGET.partition, ID, Dataset.MEMBERS)
+    async with client(SecretStr(redis_url)) as earlier:
+        await earlier.hset(key, mapping={"v": "2", "d": "digest 2", "b": pack(base(2, 10)).blob})
+    assert await head(snapshots) == Head(2, "digest 2", None)
+    loaded = await snapshots.load(TARGET, Dataset.MEMBERS, 2)
+    assert loaded is not None
+    assert dict(loaded.records) == base(2, 10).records
