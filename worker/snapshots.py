@@ -1,9 +1,9 @@
 """Snapshots: what was last published of each dataset, written together with the stream entries.
 
 A hash per (connector, dataset): `v` version, `d` digest of request and raw answer, and the compressed records: small
-ones in `s`, which is read with the two, large ones in `b`, which is read when it is needed. Before the small ones stands
-their version: a worker of an earlier state, which knows `b` only, leaves them when it publishes.
-They may vanish at any time: Postgres is the truth.
+ones in `s`, which is read with the two, large ones in `b`, which is read when it is needed. Before the small ones
+stands their version: a worker of an earlier state, which knows `b` only, leaves them behind when it publishes. Hashes
+may vanish at any time: Postgres is the truth.
 """
 
 from __future__ import annotations

@@ -73,7 +73,7 @@ async def test_records_that_change_their_size_leave_no_old_ones_behind(snapshots
 async def test_small_records_that_an_earlier_worker_left_behind_are_not_believed(
     snapshots: RedisSnapshots, redis_url: str
 ) -> None:
-    """A worker of an earlier state knows of large records only: what it publishes leaves the small ones as they were."""
+    """A worker of an earlier state knows of large records only: what it publishes leaves the small ones behind."""
     await publish(snapshots, None, pack(base(1, 10)))
     key = snapshot_key(TARGET.partition, ID, Dataset.MEMBERS)
     async with client(SecretStr(redis_url)) as earlier:
