@@ -16,6 +16,9 @@ from worker.redis import Command, Line, answering
 PIPELINE_BYTES: Final = 100_000
 """What would make a pipeline larger begins the next one, so that nobody waits long behind what is large."""
 
+WAITING_BYTES: Final = 1_000_000
+"""While so much waits to be sent, `AutoPipeline.room` waits."""
+
 
 class AutoPipeline:
     """Sends the commands of a task next to each other; each succeeds or fails by itself.
@@ -33,7 +36,18 @@ class AutoPipeline:
         self._idle = list(self._lines)
         self._waiting: list[_Asked] = []
         self._sending: set[asyncio.Task[None]] = set()
+        self._room = asyncio.Event()
+        self._room.set()
         self._closed = False
+
+    async def room(self) -> None:
+        """Wait while so much waits to be sent that more would only lie in memory.
+
+        Who makes something large asks first, and then sends it without waiting for anything else: so those who wait
+        go on one by one, in turn.
+        """
+        while not self._room.is_set():
+            await self._room.wait()
 
     async def send(self, *commands: Command) -> list[Any]:
         """Send commands in one pipeline, others' perhaps before and behind them; return the answers.
@@ -48,6 +62,7 @@ class AutoPipeline:
         loop = asyncio.get_running_loop()
         asked = _Asked(commands, loop.create_future())
         self._waiting.append(asked)
+        self._make_room()
         if self._idle:
             # It works for all: what it logs is nobody's.
             sending = loop.create_task(self._send(self._idle.pop()), name="redis pipeline", context=Context())
@@ -66,6 +81,8 @@ class AutoPipeline:
             task.cancel()
         await asyncio.gather(*self._sending, return_exceptions=True)
         _fail(self._waiting, _closed())
+        self._waiting.clear()
+        self._make_room()
         for line in self._lines:
             await line.close()
 
@@ -104,7 +121,14 @@ class AutoPipeline:
                 some.append(asked)
                 size += asked.size
         del self._waiting[:taken]
+        self._make_room()
         return some
+
+    def _make_room(self) -> None:
+        if sum(asked.size for asked in self._waiting) < WAITING_BYTES:
+            self._room.set()
+        else:
+            self._room.clear()
 
 
 def _closed() -> TryLater:

@@ -129,6 +129,7 @@ async def _changed(listed: _Listed, head: Head, ports: Ports) -> Draft | Quiet |
         if digest:
             await ports.snapshots.note_digest(claim.target, claim.dataset, base.version, digest)
         return Quiet(claim, base.version, records=len(seen), incomplete=incomplete)
+    await ports.snapshots.room()  # a draft is several times as large as what it is made of
     return _draft(claim, head, base.version, found, digest, len(seen), incomplete)
 
 

@@ -172,6 +172,9 @@ class Snapshots(Protocol):
     async def note_digest(self, target: Target, dataset: Dataset, version: int, digest: str) -> None:
         """Renew the digest of an unchanged snapshot of that version."""
 
+    async def room(self) -> None:
+        """Wait until what is made to be published would not have to wait for long; publish it at once then."""
+
     async def publish(
         self,
         target: Target,

@@ -98,6 +98,13 @@ class RedisSnapshots:
         """Renew a digest; see `worker.ports.Snapshots`."""
         await self._run(self._note, [_key(target, dataset)], [str(version), digest])
 
+    async def room(self) -> None:
+        """Wait for room, with the script loaded; see `worker.ports.Snapshots`."""
+        if not self._loaded:
+            # Else the first publication is sent twice, and stays in memory with the error between.
+            self._loaded = bool(await self._pipeline.send(("SCRIPT LOAD", _PUBLISH)))
+        await self._pipeline.room()
+
     async def publish(
         self,
         target: Target,
@@ -122,9 +129,6 @@ class RedisSnapshots:
             arguments.append(2 * len(entry.fields))
             for name, value in entry.fields.items():
                 arguments += (name, value)
-        if not self._loaded:
-            # Else the first publication is sent twice, and stays in memory with the error between.
-            self._loaded = bool(await self._pipeline.send(("SCRIPT LOAD", _PUBLISH)))
         answer = await self._run(self._publish, [_key(target, dataset), stream_key(target.partition)], arguments)
         return Publication(answer.decode())
 

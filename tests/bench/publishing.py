@@ -53,6 +53,7 @@ async def publish_all(asked: dict[str, Any], go: Go) -> Figures:
     async def some() -> None:
         for target, changes in waiting:
             run_id, part_id = ids[target]
+            await snapshots.room()  # as observing does
             entries = _entries(target, changes, began_at, run_id, part_id)
             packed = pack(Base(NUMBER, records=listings[target]))
             done = await snapshots.publish(target, Dataset.MEMBERS, None, packed, "", entries)

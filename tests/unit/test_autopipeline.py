@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from redis.exceptions import ConnectionError, ResponseError  # noqa: A004 - the driver's name
 
-from worker.autopipeline import PIPELINE_BYTES, AutoPipeline
+from worker.autopipeline import PIPELINE_BYTES, WAITING_BYTES, AutoPipeline
 from worker.errors import TryLater
 from worker.redis import Command
 
@@ -159,6 +159,36 @@ async def test_what_is_large_begins_a_pipeline(pipeline: AutoPipeline, server: S
     server.open.set()
     await asyncio.gather(*tasks)
     assert [len(sent) for sent in server.sent[AT_ONCE:]] == [1, 1]
+
+
+async def making(pipeline: AutoPipeline, made: list[int], number: int) -> list[Any]:
+    """Make something large when there is room, and send it."""
+    await pipeline.room()
+    made.append(number)
+    return await pipeline.send(("SET", number, b"x" * WAITING_BYTES))
+
+
+async def test_no_more_is_made_than_there_is_room_for(pipeline: AutoPipeline, server: Server) -> None:
+    """Of those who make something large one waits to be sent at a time, the others go on in turn when it is."""
+    await under_way(pipeline, server)
+    made: list[int] = []
+    makers = [asyncio.create_task(making(pipeline, made, number)) for number in range(5)]
+    await asyncio.wait(makers, timeout=0)
+    assert made == [0]
+    server.open.set()
+    assert await asyncio.gather(*makers) == [[number] for number in range(5)]
+    assert made == list(range(5))
+
+
+async def test_closing_keeps_nobody_waiting_for_room(pipeline: AutoPipeline, server: Server) -> None:
+    """They hear that it is over, as those who have sent do."""
+    await under_way(pipeline, server)
+    makers = [asyncio.create_task(making(pipeline, [], number)) for number in range(3)]
+    await asyncio.wait(makers, timeout=0)
+    await pipeline.close()
+    for maker in makers:
+        with pytest.raises(TryLater, match="closed"):
+            await maker
 
 
 async def test_a_bug_is_told_as_it_is_and_holds_up_nobody(pipeline: AutoPipeline, server: Server) -> None:
