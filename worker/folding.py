@@ -8,6 +8,7 @@ import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from math import ceil
 from uuid import UUID
 
@@ -20,7 +21,7 @@ from worker.store.announcements import mark_published, unpublished
 from worker.store.books import PgBooks
 from worker.store.db import Connection, answering, connect
 from worker.store.workers import writers
-from worker.stream import RedisJournal, last_ids, wait_beyond
+from worker.stream import RedisJournal, last_ids, lengths, wait_beyond
 from worker.writer import Turn, fold
 
 log = structlog.get_logger()
@@ -34,6 +35,8 @@ BLOCK_MS = 200
 MAX_PAUSE_S = 5.0
 MAX_REST_S = 0.1
 """Between two small batches; the first of them never waits."""
+LULL_S = 0.025
+"""When nothing has come for so long, nothing more is waited for."""
 
 Advance = Callable[[Sequence[UUID]], Awaitable[None]]
 
@@ -138,7 +141,8 @@ class Writer:
                 if not any(turn.ahead for turn in turns):
                     # No backlog. Small batches cost a transaction each: what comes meanwhile makes the next one larger,
                     # and where several entries came at once more are on their way.
-                    await self._rest(min(found * (now - began), MAX_REST_S))
+                    most_s = min(found * (now - began), MAX_REST_S)
+                    await rest_while_growing(partial(lengths, self.redis, partitions), self._rest, most_s)
         finally:
             await _unlock(connection, partitions)
         return worked
@@ -149,6 +153,21 @@ class Writer:
                 await self.stop.wait()
         except TimeoutError:
             return
+
+
+async def rest_while_growing(
+    measure: Callable[[], Awaitable[object]], rest: Callable[[float], Awaitable[None]], most_s: float
+) -> None:
+    """Rest for `most_s`, or until the measure stays the same for `LULL_S`."""
+    before: object = None
+    while most_s > LULL_S:
+        now = await measure()
+        if now == before:
+            return
+        before = now
+        await rest(LULL_S)
+        most_s -= LULL_S
+    await rest(most_s)
 
 
 async def relay(connection: Connection, journals: Mapping[int, RedisJournal]) -> bool:

@@ -126,9 +126,7 @@ async def _changed(listed: _Listed, head: Head, ports: Ports) -> Draft | Quiet |
         return Returned(claim, "base_moved", REFUSED_WAIT_S)
     digest = "" if found.held or incomplete else listed.digest
     if trust and not found.changes and found.held == claim.held:
-        if digest:
-            await ports.snapshots.note_digest(claim.target, claim.dataset, base.version, digest)
-        return Quiet(claim, base.version, records=len(seen), incomplete=incomplete)
+        return Quiet(claim, base.version, records=len(seen), incomplete=incomplete, digest=digest)
     await ports.snapshots.room()  # a draft is several times as large as what it is made of
     return _draft(claim, head, base.version, found, digest, len(seen), incomplete)
 

@@ -134,6 +134,8 @@ async def _connector(
 
 async def _settle(results: Sequence[Result], ports: Ports, done: set[UUID]) -> None:
     """Write what came of several connectors' parts in one transaction of each kind."""
+    if noted := [r for r in results if isinstance(r, Quiet) and r.digest]:
+        await ports.snapshots.note_digests(noted)
     if quiet := [r for r in results if isinstance(r, Quiet)]:
         await ports.ledger.close_quiet(quiet)
         done |= {r.claim.part_id for r in quiet}

@@ -103,6 +103,8 @@ class Quiet:
     base: int
     records: int | None
     incomplete: str | None = None
+    digest: str = ""
+    """What its snapshot is to be known by from now on, if that is something else."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,8 +171,8 @@ class Snapshots(Protocol):
     async def load(self, target: Target, dataset: Dataset, version: int) -> Base | None:
         """Read the snapshot of that version that did not come with its head; None when it is not there any more."""
 
-    async def note_digest(self, target: Target, dataset: Dataset, version: int, digest: str) -> None:
-        """Renew the digest of an unchanged snapshot of that version."""
+    async def note_digests(self, quiet: Sequence[Quiet]) -> None:
+        """Renew the digests of unchanged snapshots that are still of their bases."""
 
     async def room(self) -> None:
         """Wait until what is made to be published would not have to wait for long; publish it at once then."""

@@ -20,7 +20,7 @@ from schemas.connectors import Dataset
 from worker.autopipeline import AutoPipeline
 from worker.entries import Entry
 from worker.packing import unpack
-from worker.ports import Base, Claim, Head, Packed, Publication, Target
+from worker.ports import Base, Claim, Head, Packed, Publication, Quiet, Target
 from worker.redis import Line, answering
 
 _AT_ONCE = 2
@@ -94,9 +94,11 @@ class RedisSnapshots:
             return None
         return unpack(Packed(version, blob))
 
-    async def note_digest(self, target: Target, dataset: Dataset, version: int, digest: str) -> None:
-        """Renew a digest; see `worker.ports.Snapshots`."""
-        await self._run(self._note, [_key(target, dataset)], [str(version), digest])
+    async def note_digests(self, quiet: Sequence[Quiet]) -> None:
+        """Renew digests; see `worker.ports.Snapshots`."""
+        await self._run(
+            self._note, *(([_key(q.claim.target, q.claim.dataset)], [str(q.base), q.digest]) for q in quiet)
+        )
 
     async def room(self) -> None:
         """Wait for room, with the script loaded; see `worker.ports.Snapshots`."""
@@ -129,17 +131,18 @@ class RedisSnapshots:
             arguments.append(2 * len(entry.fields))
             for name, value in entry.fields.items():
                 arguments += (name, value)
-        answer = await self._run(self._publish, [_key(target, dataset), stream_key(target.partition)], arguments)
+        keys = [_key(target, dataset), stream_key(target.partition)]
+        (answer,) = await self._run(self._publish, (keys, arguments))
         return Publication(answer.decode())
 
-    async def _run(self, script: AsyncScript, keys: Sequence[str], arguments: Sequence[Any]) -> Any:
-        """Run a script; a server that was started anew does not know it."""
-        command = ("EVALSHA", script.sha, len(keys), *keys, *arguments)
+    async def _run(self, script: AsyncScript, *calls: tuple[Sequence[str], Sequence[Any]]) -> list[Any]:
+        """Run a script with these keys and arguments; a server that was started anew does not know it."""
+        commands = [("EVALSHA", script.sha, len(keys), *keys, *arguments) for keys, arguments in calls]
         try:
-            return (await self._pipeline.send(command))[0]
+            return await self._pipeline.send(*commands)
         except NoScriptError:
             await self._pipeline.send(("SCRIPT LOAD", script.script))
-            return (await self._pipeline.send(command))[0]
+            return await self._pipeline.send(*commands)
 
     async def forget(self, partition: int, connector_id: UUID) -> None:
         """Delete every snapshot of a connector."""

@@ -137,6 +137,15 @@ async def last_ids(redis: Redis, partitions: int) -> dict[Any, Any]:
     return {key: entries[0][0] if entries else b"0-0" for key, entries in zip(keys, found, strict=True)}
 
 
+async def lengths(redis: Redis, partitions: Sequence[int]) -> list[int]:
+    """Count the entries of these partitions' streams."""
+    with answering():
+        async with redis.pipeline(transaction=False) as pipe:
+            for n in partitions:
+                pipe.xlen(stream_key(n))
+            return await pipe.execute()
+
+
 async def wait_beyond(redis: Redis, ends: dict[Any, Any], *, block_ms: int) -> None:
     """Wait until some stream has grown beyond these ids, `block_ms` at most."""
     with answering():

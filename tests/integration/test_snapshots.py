@@ -13,7 +13,7 @@ from pydantic import SecretStr
 from schemas.connectors import Dataset, RunKind
 from worker.entries import Entry
 from worker.packing import pack, unpack
-from worker.ports import Base, Claim, Head, Packed, Publication, Target
+from worker.ports import Base, Claim, Head, Packed, Publication, Quiet, Target
 from worker.redis import client
 from worker.snapshots import SMALL_BYTES, RedisSnapshots, snapshot_key
 
@@ -82,3 +82,20 @@ async def test_small_records_that_an_earlier_worker_left_behind_are_not_believed
     loaded = await snapshots.load(TARGET, Dataset.MEMBERS, 2)
     assert loaded is not None
     assert dict(loaded.records) == base(2, 10).records
+
+
+@pytest.mark.parametrize("restarted", [False, True], ids=["", "after a restart of the server"])
+async def test_digests_are_renewed_of_what_was_compared_with(
+    snapshots: RedisSnapshots, redis_url: str, restarted: bool
+) -> None:
+    """What moved on since then keeps its own digest; a server that has lost its scripts gets them again."""
+    await publish(snapshots, None, pack(base(1, 10)))
+    await snapshots.note_digests([Quiet(CLAIM, 1, 10, digest="renewed")])
+    assert (await head(snapshots)).digest == "renewed"
+    if restarted:
+        async with client(SecretStr(redis_url)) as redis:
+            await redis.script_flush()
+    await snapshots.note_digests([Quiet(CLAIM, 0, 10, digest="too late"), Quiet(CLAIM, 1, 10, digest="again")])
+    assert (await head(snapshots)).digest == "again"
+    await snapshots.note_digests([Quiet(CLAIM, 0, 10, digest="too late")])
+    assert (await head(snapshots)).digest == "again"

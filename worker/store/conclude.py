@@ -249,11 +249,11 @@ def connector_announcement(
 
 
 async def _access(connection: Connection, ids: Sequence[UUID]) -> dict[UUID, dict[Dataset, AccessRow]]:
+    """Read access rows; what they say changes only while their connector is locked."""
     rows = await connection.execute(
         """
         SELECT connector_id, dataset, state, reason, missing_permission, checked_at
-        FROM rollcall.connector_access WHERE connector_id = ANY(%b)
-        ORDER BY connector_id, dataset FOR NO KEY UPDATE
+        FROM rollcall.connector_access WHERE connector_id = ANY(%b) ORDER BY connector_id, dataset
         """,
         [sorted(ids)],
     )

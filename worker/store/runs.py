@@ -57,7 +57,7 @@ async def insert_parts(
 
 
 async def finish_runs(connection: Connection, ids: Collection[UUID], connectors: Mapping[UUID, Row]) -> Finished:
-    """Count the parts of these runs under their locks; end those with none open.
+    """Count the parts of these runs, whose connectors are locked by the caller; end those with none open.
 
     A part is unlucky when asking again may help. One that its owner must see to is so too if the dataset is granted by
     now: what follows from being granted again has passed already.
@@ -66,9 +66,6 @@ async def finish_runs(connection: Connection, ids: Collection[UUID], connectors:
     if not ids:
         return finished
     wanted = sorted(ids)
-    await connection.execute(
-        "SELECT 1 FROM rollcall.sync_runs WHERE id = ANY(%b) ORDER BY id FOR NO KEY UPDATE", [wanted]
-    )
     # Materialized: by statistics of a quiet moment no run is open, and for each that is all would be counted again.
     rows = await connection.execute(
         """
@@ -118,6 +115,10 @@ async def _after(connection: Connection, ended: Sequence[Row], connectors: Mappi
     await _check_totals(connection, [run for run in ended if run["changes"] and run["first_day"]])
     await connection.execute(
         """
+        WITH unchanged AS (
+            DELETE FROM rollcall.sync_parts WHERE run_id = ANY(%b) AND kind = 'poll' AND status = 'succeeded'
+                   AND changes = 0 AND error_reason IS NULL
+        )
         UPDATE rollcall.connectors c SET
             last_polled_at = now(),
             last_synced_at = CASE WHEN n.good THEN now() ELSE last_synced_at END,
@@ -128,16 +129,12 @@ async def _after(connection: Connection, ended: Sequence[Row], connectors: Mappi
         WHERE c.id = n.id
         """,
         [
+            [r["id"] for r in ended if r["requested_by"] == SCHEDULER],
             [r["connector_id"] for r in ended],
             [r["kind"] for r in ended],
             [r["status"] in {"succeeded", "partial"} for r in ended],
             [r["unlucky"] > 0 for r in ended],
         ],
-    )
-    await connection.execute(
-        "DELETE FROM rollcall.sync_parts WHERE run_id = ANY(%b) AND kind = 'poll' AND status = 'succeeded'"
-        " AND changes = 0 AND error_reason IS NULL",
-        [[r["id"] for r in ended if r["requested_by"] == SCHEDULER]],
     )
     await announce(connection, [run_announcement(r, connectors[r["connector_id"]]) for r in ended if speaks(r)])
 
