@@ -36,18 +36,27 @@ class AutoPipeline:
         self._idle = list(self._lines)
         self._waiting: list[_Asked] = []
         self._sending: set[asyncio.Task[None]] = set()
-        self._room = asyncio.Event()
-        self._room.set()
+        self._makers: list[asyncio.Future[None]] = []
         self._closed = False
 
     async def room(self) -> None:
         """Wait while so much waits to be sent that more would only lie in memory.
 
         Who makes something large asks first, and then sends it without waiting for anything else: so those who wait
-        go on one by one, in turn.
+        go on one by one.
+
+        Raises:
+            TryLater: what waits failed, since the server is away.
+
         """
-        while not self._room.is_set():
-            await self._room.wait()
+        while self._full:
+            room = asyncio.get_running_loop().create_future()
+            self._makers.append(room)
+            await room
+
+    @property
+    def _full(self) -> bool:
+        return sum(asked.size for asked in self._waiting) >= WAITING_BYTES
 
     async def send(self, *commands: Command) -> list[Any]:
         """Send commands in one pipeline, others' perhaps before and behind them; return the answers.
@@ -62,7 +71,6 @@ class AutoPipeline:
         loop = asyncio.get_running_loop()
         asked = _Asked(commands, loop.create_future())
         self._waiting.append(asked)
-        self._make_room()
         if self._idle:
             # It works for all: what it logs is nobody's.
             sending = loop.create_task(self._send(self._idle.pop()), name="redis pipeline", context=Context())
@@ -80,9 +88,7 @@ class AutoPipeline:
         for task in self._sending:
             task.cancel()
         await asyncio.gather(*self._sending, return_exceptions=True)
-        _fail(self._waiting, _closed())
-        self._waiting.clear()
-        self._make_room()
+        self._fail_waiting(_closed())
         for line in self._lines:
             await line.close()
 
@@ -95,10 +101,10 @@ class AutoPipeline:
                         answers = await line.exchange([command for asked in some for command in asked.commands])
                 except TryLater as away:
                     # Who waits would hear the same, one timeout after the other.
-                    waiting, self._waiting = self._waiting, []
-                    _fail((*some, *waiting), away)
+                    _fail((asked.answers for asked in some), away)
+                    self._fail_waiting(away)
                 except Exception as error:  # noqa: BLE001 - whoever asked says it, and others go on
-                    _fail(some, error)
+                    _fail((asked.answers for asked in some), error)
                 else:
                     answers.reverse()
                     for asked in some:
@@ -107,7 +113,7 @@ class AutoPipeline:
             # At once: whoever asks from now on is not taken along.
             self._idle.append(line)
             self._sending -= {asyncio.current_task()}
-            _fail(some, _closed())
+            _fail((asked.answers for asked in some), _closed())
 
     def _take(self) -> Sequence[_Asked]:
         """Take from the front what goes along now; what nobody waits for any more is not sent."""
@@ -121,24 +127,28 @@ class AutoPipeline:
                 some.append(asked)
                 size += asked.size
         del self._waiting[:taken]
-        self._make_room()
+        if self._makers and not self._full:
+            makers, self._makers = self._makers, []
+            for room in makers:
+                if not room.done():
+                    room.set_result(None)
         return some
 
-    def _make_room(self) -> None:
-        if sum(asked.size for asked in self._waiting) < WAITING_BYTES:
-            self._room.set()
-        else:
-            self._room.clear()
+    def _fail_waiting(self, error: TryLater) -> None:
+        """Tell all who wait, those who would make something too."""
+        waiting, self._waiting = self._waiting, []
+        makers, self._makers = self._makers, []
+        _fail((*(asked.answers for asked in waiting), *makers), error)
 
 
 def _closed() -> TryLater:
     return TryLater("redis_unreachable", "The connection to Redis was closed.")
 
 
-def _fail(some: Sequence[_Asked], error: Exception) -> None:
-    for asked in some:
-        if not asked.answers.done():
-            asked.answers.set_exception(TryLater(error.reason, error.message) if isinstance(error, TryLater) else error)
+def _fail(some: Iterable[asyncio.Future[Any]], error: Exception) -> None:
+    for future in some:
+        if not future.done():
+            future.set_exception(TryLater(error.reason, error.message) if isinstance(error, TryLater) else error)
 
 
 class _Asked:

@@ -95,6 +95,7 @@ async def _connectors(claims: Sequence[Claim], ports: Ports, done: set[UUID]) ->
                     await _settle(found, ports, done)
                 except TryLater as away:
                     failures.append(away)
+                await _note_digests(found, ports)
                 unsettled = asking
                 results += found
         except asyncio.CancelledError:
@@ -134,13 +135,20 @@ async def _connector(
 
 async def _settle(results: Sequence[Result], ports: Ports, done: set[UUID]) -> None:
     """Write what came of several connectors' parts in one transaction of each kind."""
-    if noted := [r for r in results if isinstance(r, Quiet) and r.digest]:
-        await ports.snapshots.note_digests(noted)
     if quiet := [r for r in results if isinstance(r, Quiet)]:
         await ports.ledger.close_quiet(quiet)
         done |= {r.claim.part_id for r in quiet}
     if published := [r.claim for r in results if isinstance(r, Published)]:
         await ports.ledger.published(published)
+
+
+async def _note_digests(results: Sequence[Result], ports: Ports) -> None:
+    """Note by what unchanged snapshots are known from now on; who is not told compares once more."""
+    if noted := [r for r in results if isinstance(r, Quiet) and r.digest]:
+        try:
+            await ports.snapshots.note_digests(noted)
+        except TryLater as away:
+            log.warning("digests_not_renewed", reason=away.reason, parts=len(noted))
 
 
 async def _lanes(claims: Sequence[Claim], heads: Mapping[UUID, Head], ports: Ports, done: set[UUID]) -> list[Result]:

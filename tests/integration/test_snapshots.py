@@ -16,6 +16,7 @@ from worker.packing import pack, unpack
 from worker.ports import Base, Claim, Head, Packed, Publication, Quiet, Target
 from worker.redis import client
 from worker.snapshots import SMALL_BYTES, RedisSnapshots, snapshot_key
+from worker.stream import lengths
 
 NOW = datetime(2026, 4, 17, 12, tzinfo=UTC)
 ID = UUID(int=1)
@@ -46,6 +47,14 @@ async def publish(snapshots: RedisSnapshots, expected: int | None, packed: Packe
 
 async def head(snapshots: RedisSnapshots) -> Head:
     return (await snapshots.heads([CLAIM]))[ID]
+
+
+async def test_a_publication_makes_its_stream_grow(snapshots: RedisSnapshots, redis_url: str) -> None:
+    """By that a writer sees that more is coming."""
+    async with client(SecretStr(redis_url)) as redis:
+        before = await lengths(redis, [TARGET.partition, TARGET.partition + 1])
+        await publish(snapshots, None, pack(base(1, 10)))
+        assert await lengths(redis, [TARGET.partition, TARGET.partition + 1]) == [before[0] + 1, before[1]]
 
 
 async def test_only_small_records_come_with_the_head(snapshots: RedisSnapshots) -> None:

@@ -29,7 +29,7 @@ from worker.plan import BULK_PER_MESSAGE, messages
 from worker.store import migrate as migrating
 from worker.store import sending as sending_module
 from worker.store.books import apply
-from worker.store.conclude import lock_connectors
+from worker.store.conclude import conclude, lock_connectors
 from worker.store.db import Connection, Database, connect
 from worker.store.migrate import migrate, migrations
 from worker.store.upkeep import age_out
@@ -223,6 +223,36 @@ async def test_a_part_is_claimed_once(harness: Harness) -> None:
     numbers = {claim.dataset: claim.number for some in claims for claim in some}
     rows = await harness.rows("SELECT dataset, claimed FROM rollcall.connector_access")
     assert {Dataset(row["dataset"]): row["claimed"] for row in rows} == numbers
+
+
+@pytest.mark.parametrize("other", [RunKind.BACKFILL, RunKind.RECONCILE])
+async def test_runs_that_end_at_once_each_count(harness: Harness, other: RunKind) -> None:
+    """A poll and another run of one connector that are settled together: neither is taken for not done."""
+    await harness.add_connector()
+    runs = {kind: uuid4() for kind in (RunKind.POLL, other)}
+    for kind, run_id in runs.items():
+        await harness.rows(
+            "INSERT INTO rollcall.sync_runs (id, connector_id, tenant_id, kind, requested_by, status, parts_total)"
+            " SELECT %s, id, tenant_id, %s, 'schedule', 'running', 1 FROM rollcall.connectors",
+            [run_id, kind],
+        )
+        await harness.rows(
+            "INSERT INTO rollcall.sync_parts (id, run_id, connector_id, kind, dataset, status)"
+            " SELECT gen_random_uuid(), %s, id, %s, 'members', 'succeeded' FROM rollcall.connectors",
+            [run_id, kind],
+        )
+    connection = await connect(harness.runtime.settings.require_database(), "writer")
+    try:
+        async with connection.transaction():
+            ids = [row["id"] for row in await harness.rows("SELECT id FROM rollcall.connectors")]
+            locked = await lock_connectors(connection, ids)
+            await conclude(connection, locked, [], runs=set(runs.values()))
+    finally:
+        await connection.close()
+    row = await harness.one("SELECT backfilled_at, reconciled_at, last_synced_at FROM rollcall.connectors")
+    assert row["last_synced_at"] is not None
+    assert row["reconciled_at"] is not None
+    assert (row["backfilled_at"] is not None) is (other is RunKind.BACKFILL)
 
 
 async def test_a_part_is_cut_by_whoever_holds_it(harness: Harness) -> None:

@@ -15,6 +15,7 @@ from worker.errors import TryLater
 from worker.redis import Command
 
 AT_ONCE = 2
+LARGE = b"x" * WAITING_BYTES
 
 
 @dataclass(slots=True)
@@ -161,34 +162,41 @@ async def test_what_is_large_begins_a_pipeline(pipeline: AutoPipeline, server: S
     assert [len(sent) for sent in server.sent[AT_ONCE:]] == [1, 1]
 
 
-async def making(pipeline: AutoPipeline, made: list[int], number: int) -> list[Any]:
-    """Make something large when there is room, and send it."""
-    await pipeline.room()
-    made.append(number)
-    return await pipeline.send(("SET", number, b"x" * WAITING_BYTES))
-
-
 async def test_no_more_is_made_than_there_is_room_for(pipeline: AutoPipeline, server: Server) -> None:
-    """Of those who make something large one waits to be sent at a time, the others go on in turn when it is."""
+    """Of those who make something large one waits to be sent at a time, the next goes on when it is."""
     await under_way(pipeline, server)
-    made: list[int] = []
-    makers = [asyncio.create_task(making(pipeline, made, number)) for number in range(5)]
+    made, unsent = list[int](), list[int]()
+
+    async def make(number: int) -> list[Any]:
+        await pipeline.room()
+        made.append(number)
+        unsent.append(len(made) + AT_ONCE - len(server.sent))
+        return await pipeline.send(("SET", number, LARGE))
+
+    makers = [asyncio.create_task(make(number)) for number in range(5)]
     await asyncio.wait(makers, timeout=0)
     assert made == [0]
     server.open.set()
-    assert await asyncio.gather(*makers) == [[number] for number in range(5)]
-    assert made == list(range(5))
+    async with asyncio.timeout(5):
+        assert await asyncio.gather(*makers) == [[number] for number in range(5)]
+    assert unsent == [1] * 5
 
 
-async def test_closing_keeps_nobody_waiting_for_room(pipeline: AutoPipeline, server: Server) -> None:
-    """They hear that it is over, as those who have sent do."""
+@pytest.mark.parametrize("what", ["closed", "does not answer"])
+async def test_nobody_waits_for_room_that_never_comes(pipeline: AutoPipeline, server: Server, what: str) -> None:
+    """They hear that it is over, or that the server is away, at once, as those who have sent do."""
     await under_way(pipeline, server)
-    makers = [asyncio.create_task(making(pipeline, [], number)) for number in range(3)]
+    large = await asking(pipeline, ("SET", "large", LARGE))
+    makers = [asyncio.create_task(pipeline.room()) for _ in range(3)]
     await asyncio.wait(makers, timeout=0)
-    await pipeline.close()
-    for maker in makers:
-        with pytest.raises(TryLater, match="closed"):
-            await maker
+    server.away = True
+    if what == "closed":
+        await pipeline.close()
+    else:
+        server.open.set()
+    for waiting in (large, *makers):
+        with pytest.raises(TryLater, match=what):
+            await asyncio.wait_for(waiting, 5)
 
 
 async def test_a_bug_is_told_as_it_is_and_holds_up_nobody(pipeline: AutoPipeline, server: Server) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from typing import Any, cast
 from uuid import UUID
@@ -18,9 +18,11 @@ from worker.changes import GuardLimits
 from worker.compare import answer_digest
 from worker.elevenlabs.asking import Asked, Page
 from worker.elevenlabs.protocol import OK_VERDICT, Answer, Finding, Request, Verdict
+from worker.errors import TryLater
 from worker.observe import observe
+from worker.packing import pack
 from worker.plan import Calendar, settled_before
-from worker.ports import Claim, Failure, Head, Ports, Quiet, Target
+from worker.ports import Base, Claim, Failure, Head, Ports, Quiet, Target
 
 NOW = datetime(2026, 4, 1, tzinfo=UTC)
 PAGE = Page(None, None, b"[]")
@@ -118,6 +120,35 @@ async def test_what_has_ended_is_closed_by_who_is_told_to_stop() -> None:
     with pytest.raises(asyncio.CancelledError):
         await observing
     assert (world.settled, world.returned) == ([{quick}], {hanging})
+
+
+class Forgetfulness(Quietness):
+    """Groups of which there are none, as before; but the answer is known by no digest, and Redis cannot note one."""
+
+    async def claim(self, part_ids: Sequence[UUID]) -> list[Claim]:
+        """Claim groups."""
+        return [replace(claim, dataset=Dataset.GROUPS) for claim in await super().claim(part_ids)]
+
+    async def heads(self, claims: Sequence[Claim]) -> dict[UUID, Head]:
+        """Know the records only."""
+        return {c.part_id: Head(1, "", pack(Base(1))) for c in claims}
+
+    async def note_digests(self, quiet: Sequence[Quiet]) -> None:
+        """Fail, with something to note."""
+        assert all(q.digest for q in quiet)
+        raise TryLater("redis_refuses", "Redis refuses to write.")
+
+
+async def test_a_digest_that_cannot_be_noted_keeps_nothing_open() -> None:
+    """It only saves a comparison: what was compared and is unchanged is closed all the same."""
+    parts = [UUID(int=1), UUID(int=2)]
+    world = Forgetfulness(parts)
+    world.open(*parts)
+    with structlog.testing.capture_logs() as logs:
+        results = await world.start()
+    assert [type(result) for result in results] == [Quiet, Quiet]
+    assert (world.settled, world.returned) == ([set(parts)], set())
+    assert [line["event"] for line in logs] == ["digests_not_renewed"]
 
 
 class Refusals(Quietness):

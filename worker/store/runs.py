@@ -121,11 +121,14 @@ async def _after(connection: Connection, ended: Sequence[Row], connectors: Mappi
         )
         UPDATE rollcall.connectors c SET
             last_polled_at = now(),
-            last_synced_at = CASE WHEN n.good THEN now() ELSE last_synced_at END,
-            backfilled_at = CASE WHEN n.kind = 'backfill' AND n.good AND NOT n.unlucky THEN now()
-                            ELSE backfilled_at END,
-            reconciled_at = CASE WHEN n.kind <> 'poll' AND n.good AND NOT n.unlucky THEN now() ELSE reconciled_at END
-        FROM unnest(%b::uuid[], %b::text[], %b::bool[], %b::bool[]) AS n (id, kind, good, unlucky)
+            last_synced_at = CASE WHEN n.synced THEN now() ELSE last_synced_at END,
+            backfilled_at = CASE WHEN n.backfilled THEN now() ELSE backfilled_at END,
+            reconciled_at = CASE WHEN n.reconciled THEN now() ELSE reconciled_at END
+        FROM (
+            SELECT id, bool_or(good) AS synced, bool_or(good AND NOT unlucky AND kind = 'backfill') AS backfilled,
+                   bool_or(good AND NOT unlucky AND kind <> 'poll') AS reconciled
+            FROM unnest(%b::uuid[], %b::text[], %b::bool[], %b::bool[]) AS n (id, kind, good, unlucky) GROUP BY id
+        ) n
         WHERE c.id = n.id
         """,
         [
