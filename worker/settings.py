@@ -127,8 +127,8 @@ class Settings(BaseSettings):
     part_days: Count = Field(90, description="most UTC days of usage in one part of a run; fewer if they hold much")
 
     in_flight: Annotated[int, Field(ge=1, le=2)] = Field(2, description="requests in flight per connector")
-    worker_slots: Annotated[int, Field(ge=2, le=64)] = Field(
-        16, description="threads of one worker process, at most 64; backfills fill at most half"
+    worker_slots: Annotated[int, Field(ge=2, le=48)] = Field(
+        16, description="threads of one worker process, at most 48; backfills fill at most half"
     )
     fetch_timeout_s: Wait = Field(30, description="seconds until one request to the provider is given up")
     part_lease_s: Wait = Field(120, description="seconds after which an unsettled part is sent again")

@@ -40,7 +40,7 @@ PARTS = len(Dataset)
 """Requests of one poll."""
 AT_ONCE = 64
 VERSION = 1_700_000_000_000_000
-TUNED: Mapping[str, object] = {"worker_slots": 64, "dispatch_interval_s": 1, "db_pool_size": 16}
+TUNED: Mapping[str, object] = {"worker_slots": 48, "dispatch_interval_s": 1, "db_pool_size": 16}
 
 
 @dataclass(frozen=True, slots=True)
