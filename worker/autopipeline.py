@@ -46,7 +46,7 @@ class AutoPipeline:
         go on one by one.
 
         Raises:
-            TryLater: what waits failed, since the server is away.
+            TryLater: what waits has failed, since the server is away or this was closed.
 
         """
         while self._full:

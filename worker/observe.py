@@ -95,9 +95,9 @@ async def _connectors(claims: Sequence[Claim], ports: Ports, done: set[UUID]) ->
                     await _settle(found, ports, done)
                 except TryLater as away:
                     failures.append(away)
-                await _note_digests(found, ports)
                 unsettled = asking
                 results += found
+                await _note_digests(found, ports)
         except asyncio.CancelledError:
             with suppress(TryLater):  # what has ended by now is not asked once more
                 await _settle(_results({task for task in unsettled if task.done()}, failures), ports, done)

@@ -175,7 +175,12 @@ class Snapshots(Protocol):
         """Renew the digests of unchanged snapshots that are still of their bases."""
 
     async def room(self) -> None:
-        """Wait until what is made to be published would not have to wait for long; publish it at once then."""
+        """Wait until there is room for what is to be published; make it then, and publish it at once.
+
+        Raises:
+            TryLater: Redis is away.
+
+        """
 
     async def publish(
         self,

@@ -151,6 +151,26 @@ async def test_a_digest_that_cannot_be_noted_keeps_nothing_open() -> None:
     assert [line["event"] for line in logs] == ["digests_not_renewed"]
 
 
+async def test_who_is_told_to_stop_while_noting_digests_settles_nothing_twice() -> None:
+    """What is closed by then is closed; a Redis that hangs does not have it settled once more."""
+
+    class Hanging(Forgetfulness):
+        async def note_digests(self, quiet: Sequence[Quiet]) -> None:
+            assert quiet
+            await asyncio.Event().wait()
+
+    quick, hanging = UUID(int=1), UUID(int=2)
+    world = Hanging([quick, hanging])
+    world.open(quick, hanging)
+    observing = world.start()
+    async with asyncio.timeout(5):
+        await world.news.wait()
+        afterwards(observing.cancel)
+        with pytest.raises(asyncio.CancelledError):
+            await observing
+    assert (world.settled, world.returned) == ([{quick, hanging}], set())
+
+
 class Refusals(Quietness):
     """A ledger and a provider that refuses everything: each connector has two lanes of two parts."""
 
