@@ -16,6 +16,7 @@ from pydantic import SecretStr
 from schemas.connectors import Dataset
 from tests.bench.floors import questions
 from tests.bench.stage import Database
+from tests.fixtures.installation import NEVER_S
 from tests.fixtures.simulator import Simulator
 from worker.plan import partition_of
 from worker.vault import Vault
@@ -24,8 +25,6 @@ POLL_DAYS = 4
 """A poll asks for today and the look-back."""
 RECONCILE_DAYS = 30
 BACKFILL_DAYS = 90
-NEVER_S = 30 * 86_400
-"""Poll interval of connectors that are due only when a case says so."""
 AT_ONCE = 32
 """Requests in flight while warming up."""
 CHUNK = 500

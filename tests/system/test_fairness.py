@@ -79,9 +79,10 @@ def polls(place: Installation, ids: Sequence[UUID], *, over_s: float) -> Delays:
     def done() -> bool:
         found[:] = place.rows(
             """
-            SELECT extract(epoch FROM r.finished_at - c.external_ref::timestamptz)::float AS delay_s
+            SELECT extract(epoch FROM min(r.finished_at) - c.external_ref::timestamptz)::float AS delay_s
             FROM rollcall.connectors c JOIN rollcall.sync_runs r ON r.connector_id = c.id
             WHERE c.id = ANY(%s) AND r.created_at >= c.external_ref::timestamptz AND r.finished_at IS NOT NULL
+            GROUP BY c.id
             """,
             list(ids),
         )
