@@ -6,6 +6,7 @@ SHELL := /bin/sh
 .PHONY: help demo test lint bench chaos publish clean base dev
 
 VENV ?= .venv
+JOBS ?= 2
 BIN := "$(VENV)/bin"
 PYTHONS := python3.13 python3.12 python3.11 python3
 
@@ -46,8 +47,8 @@ dev:
 demo: base ## Watch the whole of it work on this machine; KEEP=1 leaves it running
 	@$(BIN)/rollcall demo $(if $(KEEP),--keep)
 
-test: lint ## Run every check and every test
-	@$(BIN)/python -m pytest
+test: lint ## Run every check and every test; JOBS= at a time
+	@$(BIN)/python -m pytest --numprocesses "$(JOBS)" --dist loadfile
 
 lint: dev ## Check style, types and who imports whom
 	@$(BIN)/ruff check

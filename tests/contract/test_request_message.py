@@ -14,13 +14,14 @@ import redis
 from amqp.basic_message import Message as AmqpMessage
 from celery import Celery
 from celery.worker.request import Request
-from kombu import Consumer, pools
+from kombu import Consumer
 from kombu.transport.pyamqp import Message as KombuAmqpMessage
 from pydantic import SecretStr
 
 from schemas.messages import RequestSync
 from tasks import sync
 from tasks.app import SYNC, app, configure
+from tests.fixtures.broker import forget_connections
 from worker.settings import Settings
 
 LIST = f"{SYNC}"
@@ -35,8 +36,7 @@ def celery(redis_url: str) -> Iterator[Celery]:
     configure(Settings(redis_url=SecretStr(redis_url)))
     app.loader.import_default_modules()
     yield app
-    pools.reset()
-    app._pool = app.amqp._producer_pool = None
+    forget_connections()
 
 
 def run(message: Any, monkeypatch: pytest.MonkeyPatch) -> list[str]:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import pytest
-from kombu import pools
 from pydantic import SecretStr
 
-from tasks.app import BACKFILL, FETCH, app, configure, waiting_messages
+from tasks.app import BACKFILL, FETCH, configure, waiting_messages
+from tests.fixtures.broker import forget_connections
 from tests.fixtures.proxy import Proxy
 from worker.errors import TryLater
 from worker.settings import Settings
@@ -25,8 +25,7 @@ def proxy(redis_url: str) -> Iterator[Proxy]:
     with Proxy(port) as made:
         configure(Settings(redis_url=SecretStr(made.through(redis_url))))
         yield made
-        pools.reset()
-        app._pool = app.amqp._producer_pool = None
+        forget_connections()
 
 
 def test_a_broken_connection_to_the_broker_is_waited_for(proxy: Proxy) -> None:

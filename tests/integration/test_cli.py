@@ -27,6 +27,7 @@ import structlog
 from psycopg.rows import dict_row
 from pydantic import SecretStr
 
+from tests.fixtures.broker import forget_connections
 from tests.fixtures.simulator import Simulator, start_simulator
 from worker.cli import main
 from worker.cli.finding import find_settings
@@ -117,6 +118,7 @@ def shell(
         monkeypatch.setenv(name, value)
     with redis.Redis.from_url(redis_url, socket_timeout=10) as client:
         yield Shell(capsys, monkeypatch, database_url, client)
+    forget_connections()
 
 
 def add(shell: Shell, simulator: Simulator, name: str = "main", **spec: Any) -> dict[str, Any]:
