@@ -16,7 +16,6 @@ import psycopg
 import pytest
 from psycopg import sql
 from psycopg.rows import dict_row
-from pydantic import SecretStr
 
 from schemas.connectors import Dataset, RunKind
 from tests.fixtures.harness import Harness
@@ -24,13 +23,13 @@ from tests.fixtures.servers import revive
 from worker.dev.stack import EmbeddedStack
 from worker.elevenlabs.protocol import Finding, Verdict
 from worker.entries import Observation, Report
-from worker.errors import ContractBroken, Refused, TryLater
+from worker.errors import Refused, TryLater
 from worker.plan import BULK_PER_MESSAGE, messages
 from worker.store import migrate as migrating
 from worker.store import sending as sending_module
 from worker.store.books import apply
 from worker.store.conclude import conclude, lock_connectors
-from worker.store.db import Connection, Database, connect
+from worker.store.db import connect
 from worker.store.migrate import migrate, migrations
 from worker.store.upkeep import age_out
 
@@ -323,69 +322,6 @@ async def test_the_first_that_are_due_leave_before_the_last_are_planned(
         seen.append((len(some), row["n"]))
     assert seen == [(2, 2), (2, 4)], "no more than were asked for"
     assert [len(some) async for some in harness.runtime.dispatch.due(4)] == [1]
-
-
-# Transactions.
-
-
-async def test_a_table_may_get_columns_meanwhile(empty_url: str) -> None:
-    """Whoever works while a migration adds a column goes on, with the statement that reads all columns too."""
-    await asyncio.to_thread(migrate, empty_url)
-    db = Database(SecretStr(empty_url), application="worker", size=1)
-    await db.open()
-    try:
-
-        async def work(connection: Connection) -> str:
-            await lock_connectors(connection, [uuid4()])
-            row = await (await connection.execute("SHOW plan_cache_mode")).fetchone()
-            return str(row)
-
-        assert "force_generic_plan" in await db.transaction(work)
-        with psycopg.connect(empty_url, autocommit=True) as other:
-            other.execute("ALTER TABLE rollcall.connectors ADD COLUMN more text")
-        await db.transaction(work)
-    finally:
-        await db.close()
-
-
-async def test_serialization_failures_are_repeated(harness: Harness) -> None:
-    """A transaction that Postgres asks to repeat is repeated, and then counts."""
-    db, attempts = harness.runtime.db, 0
-
-    async def work(connection: Connection) -> None:
-        nonlocal attempts
-        attempts += 1
-        await connection.execute("SELECT * FROM rollcall.meta")
-        if attempts == 1:
-            await harness.rows("UPDATE rollcall.meta SET ticks = 10")
-        await connection.execute("UPDATE rollcall.meta SET ticks = ticks + 1")
-
-    await db.transaction(work, isolation="REPEATABLE READ")
-    assert attempts == 2
-    assert (await harness.one("SELECT ticks FROM rollcall.meta"))["ticks"] == 11
-
-
-async def test_repeats_are_bounded(harness: Harness) -> None:
-    """A transaction that fails so every time is given up as TryLater."""
-
-    async def work(_: Connection) -> None:
-        raise psycopg.errors.DeadlockDetected
-
-    with pytest.raises(TryLater) as later:
-        await harness.runtime.db.transaction(work)
-    assert later.value.reason == "database_contended"
-    assert "40P01" in later.value.message, "what Postgres said last"
-
-
-async def test_unwritable_data_is_no_outage(harness: Harness) -> None:
-    """Data that Postgres refuses is a broken contract, never an outage to wait for."""
-
-    async def work(connection: Connection) -> None:
-        await connection.execute("INSERT INTO rollcall.meta (singleton, partitions) VALUES (false, 1)")
-
-    with pytest.raises(ContractBroken) as broken:
-        await harness.runtime.db.transaction(work)
-    assert broken.value.reason == "unwritable"
 
 
 # Retention.

@@ -65,17 +65,26 @@ def connection_options(application: str) -> dict[str, Any]:
     }
 
 
+_AWAY = (
+    psycopg.OperationalError,
+    psycopg.InterfaceError,
+    psycopg.errors.ReadOnlySqlTransaction,
+    psycopg.errors.IdleInTransactionSessionTimeout,
+)
+"""What becomes better over another connection. To the driver the last two are errors of ours."""
+
+
 @contextmanager
 def answering() -> Iterator[None]:
     """Turn a database that is away into `TryLater`.
 
     Raises:
-        TryLater: the connection broke, or cannot be made.
+        TryLater: the connection broke, cannot be made, or leads to a server that only reads, as a standby does.
 
     """
     try:
         yield
-    except (psycopg.OperationalError, psycopg.InterfaceError) as error:
+    except _AWAY as error:
         raise unreachable(error) from error
 
 
@@ -132,7 +141,11 @@ class Database:
         """
         try:
             async with self._pool.connection() as connection:
-                yield connection
+                try:
+                    yield connection
+                except psycopg.errors.ReadOnlySqlTransaction:
+                    await connection.close()  # else the pool would lend it again
+                    raise
         except (PoolTimeout, TooManyRequests, PoolClosed):
             raise TryLater("database_unreachable", "Postgres gives no connection; trying again later.") from None
 
