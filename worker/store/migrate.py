@@ -6,6 +6,8 @@ Plain SQL, because the schema is a contract that people read. Safe to run twice,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 
@@ -45,25 +47,44 @@ def migrate(database_url: str, *, partitions: int = 4) -> list[str]:
         partitions: the number of event streams, fixed at the very first migration.
 
     Raises:
-        TryLater: the database cannot be reached.
-        Refused: the server is too old, or the schema is newer than this program.
+        TryLater: the database cannot be reached, or another session holds what must be locked.
+        Refused: the server is too old, the user may not migrate, or the schema is newer than this program.
 
     """
-    try:
-        connection = psycopg.connect(
+    with (
+        _telling(),
+        psycopg.connect(
             database_url,
             autocommit=True,
             connect_timeout=CONNECT_TIMEOUT_S,
             application_name="rollcall migrate",
-        )
-    except psycopg.OperationalError as error:
-        raise unreachable(error) from None
-    with connection:
+        ) as connection,
+    ):
         if connection.info.server_version < MIN_SERVER_VERSION:
             raise Refused("server_too_old", "PostgreSQL 15 or newer is needed; this server is older.")
         connection.execute(sql.SQL("SET lock_timeout = {}").format(sql.Literal(LOCK_TIMEOUT_MS)))
         connection.execute("SELECT pg_advisory_lock(%s)", [LOCK_KEY])
         return _apply(connection, partitions)
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    try:
+        yield
+    except psycopg.errors.LockNotAvailable as error:
+        raise TryLater(
+            "database_locked",
+            f"Another session has held what must be locked for {LOCK_TIMEOUT_MS / 1000:g} s:"
+            " wait until it ends, or end it, then migrate again.",
+        ) from error
+    except psycopg.errors.InsufficientPrivilege as error:
+        raise Refused(
+            "database_forbids",
+            f"Postgres says: {error.diag.message_primary}. Migrate as the owner of the schema rollcall;"
+            " for the first time, as a user who may create schemas in this database.",
+        ) from error
+    except psycopg.OperationalError as error:
+        raise unreachable(error) from None
 
 
 def _apply(connection: psycopg.Connection, partitions: int) -> list[str]:
