@@ -47,8 +47,10 @@ dev:
 demo: base ## Watch the whole of it work on this machine; KEEP=1 leaves it running
 	@$(BIN)/rollcall demo $(if $(KEEP),--keep)
 
-test: lint ## Run every check and every test; JOBS= at a time
-	@$(BIN)/python -m pytest --numprocesses "$(JOBS)" --dist loadfile
+# Two at a time: most tests wait for servers. Whole files, since some share what they start, and the longest not last.
+test: lint ## Run every check and every test; JOBS= test files at a time
+	@$(BIN)/python -m pytest -m "not alone" --numprocesses "$(JOBS)" --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -m alone
 
 lint: dev ## Check style, types and who imports whom
 	@$(BIN)/ruff check

@@ -102,6 +102,14 @@ def simulator(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Simulator]:
 
 
 @pytest.fixture
+def closed() -> Iterator[int]:
+    """A port where nobody listens, and that nobody else gets meanwhile."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        yield int(held.getsockname()[1])
+
+
+@pytest.fixture
 def shell(
     database_url: str,
     redis_url: str,
@@ -202,9 +210,8 @@ def test_dead_keys_and_their_replacement(shell: Shell, simulator: Simulator) -> 
     assert not {key for key in (fresh, strange, "sk_" + "0" * 48) if key in shell.said}
 
 
-def test_what_is_away_is_told_apart(shell: Shell, simulator: Simulator, stack: EmbeddedStack) -> None:
+def test_what_is_away_is_told_apart(shell: Shell, stack: EmbeddedStack, closed: int) -> None:
     """An absent database or Redis is 69, an absent provider 75, a database without schema 78."""
-    closed = _closed_port()
     shell.patch.setenv("ROLLCALL_API_HOSTS", "127.0.0.1")
     arguments = ("--tenant", "acme", "--name", "main", "--base-url", f"http://127.0.0.1:{closed}", "--api-key-stdin")
     shell("connectors", "add", *arguments, stdin="sk_" + "0" * 48, code=75)
@@ -319,13 +326,16 @@ def test_events_are_filtered_and_followed(shell: Shell) -> None:
     assert shell("events", "tail", "--no-follow", "--tenant", "globex")["subject"] == "member/u2"
     assert shell("events", "tail", "--no-follow", "--type", "connector.*")["subject"] == "member/u3"
 
-    def append() -> None:
-        time.sleep(0.3)
-        shell.redis.xadd(stream_key(2), {"ce": orjson.dumps([event(4)])})
+    followed = threading.Event()
 
-    appending = threading.Thread(target=append)
+    def append() -> None:
+        while not followed.wait(0.3):
+            shell.redis.xadd(stream_key(2), {"ce": orjson.dumps([event(4)])})
+
+    appending = threading.Thread(target=append, daemon=True)
     appending.start()
     assert shell("events", "tail", "--from", "now", "--count", "1")["subject"] == "member/u4"
+    followed.set()
     appending.join()
 
 
@@ -463,12 +473,6 @@ def _until(condition: Callable[[], bool], wait_s: float = WAIT_S) -> None:
     while not condition():
         assert time.monotonic() < give_up, "it did not happen in time"
         time.sleep(0.05)
-
-
-def _closed_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def _gone(pid: int) -> bool:

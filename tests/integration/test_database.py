@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from functools import partial
+from contextlib import AsyncExitStack
+from typing import Final
 from uuid import uuid4
 
 import psycopg
 import pytest
+from psycopg import sql
 from pydantic import SecretStr
 
 from tests.fixtures.harness import Harness
@@ -17,11 +19,13 @@ from worker.errors import ContractBroken, TryLater
 from worker.store.conclude import lock_connectors
 from worker.store.db import Connection, Database
 
+SIZE: Final = 3
+
 
 @pytest.fixture
 async def db(database_url: str) -> AsyncIterator[Database]:
-    """A worker's pool, of one connection."""
-    made = Database(SecretStr(database_url), application="worker", size=1)
+    """A worker's pool."""
+    made = Database(SecretStr(database_url), application="worker", size=SIZE)
     await made.open()
     yield made
     await made.close()
@@ -86,27 +90,47 @@ async def test_unwritable_data_is_no_outage(harness: Harness) -> None:
 
 
 async def test_a_server_that_only_reads_is_left(db: Database) -> None:
-    """A server that has become a standby is away: what it refused is done over another connection."""
-    async with db.connection() as connection:
-        await connection.execute("SET default_transaction_read_only = on")
-    with pytest.raises(TryLater) as later:
+    """Connections to what has become a standby are left, however many there are, and what it refused is done."""
+    async with AsyncExitStack() as lent:
+        for _ in range(SIZE):
+            connection = await lent.enter_async_context(db.connection())
+            await connection.execute("SET default_transaction_read_only = on")
+    await db.transaction(count_tick)
+    await db.statement(count_tick)
+
+
+async def test_a_lasting_standby_is_told(db: Database, database_url: str) -> None:
+    """While there is no primary everybody hears so, and to try later; once there is one, all go on."""
+    with psycopg.connect(database_url, autocommit=True) as admin:
+        name = sql.Identifier(admin.info.dbname)
         await db.transaction(count_tick)
-    assert later.value.reason == "database_unreachable"
+        admin.execute(sql.SQL("ALTER DATABASE {} SET default_transaction_read_only = on").format(name))
+        async with AsyncExitStack() as lent:
+            for _ in range(SIZE):
+                await (await lent.enter_async_context(db.connection())).close()
+        for ask in (db.transaction, db.statement):
+            with pytest.raises(TryLater, match="standby") as later:
+                await ask(count_tick)
+            assert later.value.reason == "database_unreachable"
+        admin.execute(sql.SQL("ALTER DATABASE {} RESET default_transaction_read_only").format(name))
     await db.transaction(count_tick)
 
 
 async def test_a_session_that_was_ended_is_replaced(db: Database, database_url: str) -> None:
-    """Whoever slept in a transaction for longer than Postgres allows tries later, over another connection."""
+    """Whoever slept in a transaction for longer than Postgres allows tries later; the pool then lends another one."""
+    with psycopg.connect(database_url, autocommit=True) as other:
 
-    async def work(connection: Connection) -> None:
-        await connection.execute("SET LOCAL idle_in_transaction_session_timeout = 1")
-        session = [connection.info.backend_pid]
-        with psycopg.connect(database_url, autocommit=True) as other:
-            left = partial(other.execute, "SELECT 1 FROM pg_stat_activity WHERE pid = %s", session)
-            await asyncio.to_thread(until, lambda: not left().fetchone(), "Postgres has ended the session")
-        await count_tick(connection)
+        async def work(connection: Connection) -> None:
+            await connection.execute("SET LOCAL idle_in_transaction_session_timeout = 1")
+            session = [connection.info.backend_pid]
 
-    with pytest.raises(TryLater) as later:
-        await db.transaction(work)
+            def ended() -> bool:
+                return not other.execute("SELECT 1 FROM pg_stat_activity WHERE pid = %s", session).fetchone()
+
+            await asyncio.to_thread(until, ended, "Postgres has ended the session")
+            await count_tick(connection)
+
+        with pytest.raises(TryLater, match="idle-in-transaction") as later:
+            await db.transaction(work)
     assert later.value.reason == "database_unreachable"
     await db.transaction(count_tick)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, LiteralString
 from uuid import uuid4
 
 import psycopg
@@ -13,9 +13,9 @@ from psycopg import sql
 
 from tests.fixtures.servers import revive
 from worker.dev.stack import EmbeddedStack
-from worker.errors import Refused, TryLater
+from worker.errors import Misconfigured, Refused, TryLater
 from worker.store import migrate as migrating
-from worker.store.migrate import LOCK_KEY, migrate, migrations
+from worker.store.migrate import LOCK_KEY, Migration, migrate, migrations
 
 
 @pytest.fixture
@@ -126,18 +126,66 @@ def test_a_lock_that_is_held_for_too_long_is_told(empty_url: str, monkeypatch: p
     assert len(migrate(empty_url)) == len(migrations())
 
 
-def test_a_role_that_may_not_migrate_is_told_so(empty_url: str) -> None:
-    """Whoever connects as a role without rights learns which role is needed; nothing was applied."""
-    role = sql.Identifier(f"guest_{uuid4().hex[:12]}")
+@pytest.fixture
+def guest(empty_url: str) -> Iterator[Callable[[str], None]]:
+    """Make every new session that of a role without rights; statements may name `{role}` and `{database}`."""
     with psycopg.connect(empty_url, autocommit=True) as admin:
-        admin.execute(sql.SQL("CREATE ROLE {}").format(role))
-        # As if the URL named that role: the server then asks for no second password.
-        admin.execute(sql.SQL("ALTER DATABASE {} SET role = {}").format(sql.Identifier(admin.info.dbname), role))
+        names = {"role": sql.Identifier(f"guest_{uuid4().hex[:12]}"), "database": sql.Identifier(admin.info.dbname)}
+
+        def run(statement: LiteralString) -> None:
+            admin.execute(sql.SQL(statement).format(**names))
+
+        run("CREATE ROLE {role}")
         try:
-            with pytest.raises(Refused, match="owner") as refused:
-                migrate(empty_url)
-            assert refused.value.reason == "database_forbids"
+            # So the role needs no password of its own.
+            run("ALTER DATABASE {database} SET role = {role}")
+            yield run
         finally:
-            admin.execute(sql.SQL("ALTER DATABASE {} RESET role").format(sql.Identifier(admin.info.dbname)))
-            admin.execute(sql.SQL("DROP ROLE {}").format(role))
+            run("ALTER DATABASE {database} RESET role")
+            run("DROP OWNED BY {role}")
+            run("DROP ROLE {role}")
+
+
+def test_a_role_that_may_not_begin_is_told_so(empty_url: str, guest: Callable[[str], None]) -> None:
+    """Whoever connects as a role that may not create the schema learns which role is needed."""
+    with pytest.raises(Misconfigured, match=r"permission denied.*may create schemas") as wrong:
+        migrate(empty_url)
+    assert wrong.value.reason == "database_forbids"
+    guest("GRANT CREATE ON DATABASE {database} TO {role}")
     assert len(migrate(empty_url)) == len(migrations())
+
+
+@pytest.mark.parametrize("right", ["CREATE ON DATABASE {database}", "USAGE ON SCHEMA rollcall"])
+def test_a_role_that_does_not_own_the_schema_is_told_so(
+    empty_url: str, request: pytest.FixtureRequest, right: str
+) -> None:
+    """What another role has made is its own: whoever else migrates learns that the owner must."""
+    migrate(empty_url)
+    request.getfixturevalue("guest")(f"GRANT {right} TO {{role}}")
+    with pytest.raises(Misconfigured, match="as the owner of the schema rollcall") as wrong:
+        migrate(empty_url)
+    assert wrong.value.reason == "database_forbids"
+
+
+def test_the_owner_needs_no_right_to_create_schemas(empty_url: str, guest: Callable[[str], None]) -> None:
+    """Once there is the schema, its owner may migrate without the right that it took to create it."""
+    guest("GRANT CREATE ON DATABASE {database} TO {role}")
+    migrate(empty_url)
+    guest("REVOKE CREATE ON DATABASE {database} FROM {role}")
+    assert migrate(empty_url) == []
+
+
+def test_a_standby_is_told(empty_url: str, guest: Callable[[str], None]) -> None:
+    """On a server that only reads, whoever migrates learns where DATABASE_URL must lead."""
+    guest("ALTER DATABASE {database} SET default_transaction_read_only = on")
+    with pytest.raises(TryLater, match="primary") as later:
+        migrate(empty_url)
+    assert later.value.reason == "database_unreachable"
+
+
+def test_what_nobody_can_mend_is_told_as_it_is(empty_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A migration that is wrong fails as such, and its transaction leaves nothing."""
+    monkeypatch.setattr(migrating, "migrations", lambda: [Migration(1, "wrong", "CREATE TABLE a (); SELECT nothing")])
+    with pytest.raises(psycopg.errors.UndefinedColumn):
+        migrate(empty_url)
+    assert ask(empty_url, "SELECT to_regclass('rollcall.a')") == [(None,)]

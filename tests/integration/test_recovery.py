@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import orjson
+import psycopg
 import pytest
 from psycopg import sql
 from psycopg.types.json import Jsonb
@@ -86,6 +87,19 @@ async def writing(harness: Harness) -> AsyncIterator[asyncio.Task[None]]:
         writer.stop.set()
         async with asyncio.timeout(SOON_S):
             await task
+
+
+async def applied(harness: Harness, watched: Watched, writer: asyncio.Task[None]) -> None:
+    """Wait until a writer, which must not end meanwhile, has acknowledged all that is published."""
+
+    async def acknowledged() -> bool:
+        assert not writer.done()
+        groups = await harness.redis.xinfo_groups(watched.stream)
+        group = next(g for g in groups if g["name"] in {GROUP, GROUP.encode()})
+        (newest,) = await harness.redis.xrevrange(watched.stream, count=1)
+        return group["pending"] == 0 and group["last-delivered-id"] in {newest[0], newest[0].decode()}
+
+    await until(acknowledged)
 
 
 # Redis loses data.
@@ -816,17 +830,31 @@ async def test_a_stopped_postgres_never_dead_letters(harness: Harness, stack: Em
             assert not task.done()
         finally:
             await asyncio.to_thread(stack.postgres.start)
-        redis = harness.redis
-
-        async def applied() -> bool:
-            assert not task.done()
-            group = next(g for g in await redis.xinfo_groups(acme.stream) if g["name"] in {GROUP, GROUP.encode()})
-            (newest,) = await redis.xrevrange(acme.stream, count=1)
-            return group["pending"] == 0 and group["last-delivered-id"] in {newest[0], newest[0].decode()}
-
-        await until(applied)
-    assert not await redis.xlen(DEAD_LETTERS)
+        await applied(harness, acme, task)
+    assert not await harness.redis.xlen(DEAD_LETTERS)
     await harness.renew_connections()
+    await harness.settle()
+    await harness.agree(acme)
+
+
+async def test_a_standby_never_dead_letters(harness: Harness, database_url: str) -> None:
+    """The writer waits while Postgres only reads, and goes on by itself once there is a primary."""
+    acme = await harness.synced()
+    await change(harness, 1)
+    await fetched(harness, acme)
+    with psycopg.connect(database_url, autocommit=True) as admin:
+        name = sql.Identifier(admin.info.dbname)
+        admin.execute(sql.SQL("ALTER DATABASE {} SET default_transaction_read_only = on").format(name))
+        async with writing(harness) as task:
+
+            async def refused() -> bool:
+                assert not task.done()
+                return any(said["event"] == "writer_waits" and "standby" in said["detail"] for said in harness.logs)
+
+            await until(refused)
+            admin.execute(sql.SQL("ALTER DATABASE {} RESET default_transaction_read_only").format(name))
+            await applied(harness, acme, task)
+    assert not await harness.redis.xlen(DEAD_LETTERS)
     await harness.settle()
     await harness.agree(acme)
 

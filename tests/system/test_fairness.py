@@ -162,6 +162,7 @@ def provider(tmp_path: Path) -> Iterator[Simulator]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_a_huge_backlog_delays_no_poll(database_url: str, redis_url: str, provider: Simulator, tmp_path: Path) -> None:
     """Beside a tenant with thousands of backfill parts, the polls of 200 others take about as long as without."""
     with installed(database_url, redis_url, provider, tmp_path, worker_slots=SLOTS, dispatch_interval_s=1) as place:

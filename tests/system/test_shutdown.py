@@ -105,7 +105,7 @@ def test_a_second_signal_is_immediate(place: Installation) -> None:
     time.sleep(1)
     assert worker.pid is not None
     worker.terminate()
-    assert exits(worker, within_s=2) == 1
+    assert exits(worker, within_s=PROMPT_S) == 1
     assert {part["status"] for part in parts(place)} == {"running"}
     place.simulator.faults(None)
     place.rows("UPDATE rollcall.workers SET seen_at = seen_at - interval '1 min' WHERE role = 'worker'")
@@ -115,7 +115,7 @@ def test_a_second_signal_is_immediate(place: Installation) -> None:
 
 def test_a_writer_finishes_its_batch(place: Installation) -> None:
     """Stopped amid a backlog a writer ends what it is at: what it applied is acknowledged, the rest is another's."""
-    names = [f"tenant {n}" for n in range(30)]
+    names = [f"tenant {n}" for n in range(60)]
     ids = list(place.add(names, history_days=31, **SMALL).values())
     place.start("worker", "beat")
     place.rows("UPDATE rollcall.connectors SET next_sync_at = now()")
@@ -140,7 +140,7 @@ def test_a_writer_finishes_its_batch(place: Installation) -> None:
 
 def test_a_beat_ends_at_once(place: Installation) -> None:
     """However long it is until the next tick, a beat does not wait for it."""
-    (beat,) = place.start("beat", dispatch_interval_s=5)
+    (beat,) = place.start("beat", dispatch_interval_s=2 * PROMPT_S)
     until(lambda: place.messages()["rollcall.dispatch"], "it has sent its first tick")
     beat.terminate()
-    assert exits(beat, within_s=2.5) == 0
+    assert exits(beat, within_s=PROMPT_S) == 0

@@ -63,9 +63,9 @@ def sql(stack: EmbeddedStack, statement: LiteralString) -> list[Any]:
         return [row[0] for row in cursor] if cursor.description else []
 
 
-def valkey(stack: EmbeddedStack) -> redis.Redis:
+def valkey(stack: EmbeddedStack, *, timeout_s: float = 10) -> redis.Redis:
     url, no_retry = stack.valkey.url.get_secret_value(), Retry(NoBackoff(), 0)
-    return redis.Redis.from_url(url, socket_timeout=1, retry=no_retry, decode_responses=True)
+    return redis.Redis.from_url(url, socket_timeout=timeout_s, retry=no_retry, decode_responses=True)
 
 
 def mode(path: Path) -> int:
@@ -234,7 +234,7 @@ def test_a_killed_server_comes_back_with_its_data(throw_away: EmbeddedStack) -> 
 
 def test_a_paused_server_answers_nobody_until_resumed(throw_away: EmbeddedStack) -> None:
     """A frozen server keeps its connections and answers late; `revive` brings it back for the next test."""
-    with valkey(throw_away) as client:
+    with valkey(throw_away, timeout_s=1) as client:
         client.ping()
         throw_away.valkey.pause()
         with pytest.raises(redis.TimeoutError):

@@ -15,7 +15,7 @@ from psycopg_pool import AsyncConnectionPool, PoolClosed, PoolTimeout, TooManyRe
 from pydantic import SecretStr
 
 from worker.errors import ContractBroken, TryLater
-from worker.store.migrate import unreachable
+from worker.store.migrate import READS_ONLY, is_away, unreachable
 
 T = TypeVar("T")
 Row = dict[str, Any]
@@ -65,15 +65,6 @@ def connection_options(application: str) -> dict[str, Any]:
     }
 
 
-_AWAY = (
-    psycopg.OperationalError,
-    psycopg.InterfaceError,
-    psycopg.errors.ReadOnlySqlTransaction,
-    psycopg.errors.IdleInTransactionSessionTimeout,
-)
-"""What becomes better over another connection. To the driver the last two are errors of ours."""
-
-
 @contextmanager
 def answering() -> Iterator[None]:
     """Turn a database that is away into `TryLater`.
@@ -84,7 +75,9 @@ def answering() -> Iterator[None]:
     """
     try:
         yield
-    except _AWAY as error:
+    except psycopg.Error as error:
+        if not is_away(error):
+            raise
         raise unreachable(error) from error
 
 
@@ -144,7 +137,7 @@ class Database:
                 try:
                     yield connection
                 except psycopg.errors.ReadOnlySqlTransaction:
-                    await connection.close()  # else the pool would lend it again
+                    await connection.close()  # the pool would lend it again
                     raise
         except (PoolTimeout, TooManyRequests, PoolClosed):
             raise TryLater("database_unreachable", "Postgres gives no connection; trying again later.") from None
@@ -181,14 +174,15 @@ class Database:
     async def _on_a_living_connection(self, once: Callable[[], Awaitable[T]], harmless: Callable[[], bool]) -> T:
         """Try the pool's connections until one works, while trying again is harmless.
 
-        The pool does not know which of its connections a restart has broken. To drop one that could not even
-        begin is cheaper than to ask each before each use.
+        The pool does not know which of its connections a restart has broken, or lead to what is a standby by now. To
+        drop one that could not even begin, or was refused, is cheaper than to ask each before each use.
         """
         for _ in range(self._pool.max_size):
             try:
                 return await repeated(once)
             except TryLater as error:
-                if not harmless() or not isinstance(error.__cause__, psycopg.Error):
+                cause = error.__cause__
+                if not isinstance(cause, psycopg.Error) or not (harmless() or cause.sqlstate == READS_ONLY):
                     raise
         return await repeated(once)
 

@@ -14,13 +14,16 @@ from importlib import resources
 import psycopg
 from psycopg import sql
 
-from worker.errors import Refused, TryLater
+from worker.errors import Misconfigured, Refused, TryLater
 
 LOCK_KEY = 0x726F6C6C
 """Advisory lock of whoever migrates ("roll")."""
 CONNECT_TIMEOUT_S = 10
 LOCK_TIMEOUT_MS = 60_000
 MIN_SERVER_VERSION = 150000
+READS_ONLY = "25006"
+_LOST = {READS_ONLY, "25P03", "25P04"}
+"""A standby's refusal, and sessions ended for their time in a transaction: to the driver these are errors of ours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +51,12 @@ def migrate(database_url: str, *, partitions: int = 4) -> list[str]:
 
     Raises:
         TryLater: the database cannot be reached, or another session holds what must be locked.
-        Refused: the server is too old, the user may not migrate, or the schema is newer than this program.
+        Misconfigured: the user may not migrate.
+        Refused: the server is too old, or the schema is newer than this program.
 
     """
     with (
-        _telling(),
+        _explained(),
         psycopg.connect(
             database_url,
             autocommit=True,
@@ -68,7 +72,8 @@ def migrate(database_url: str, *, partitions: int = 4) -> list[str]:
 
 
 @contextmanager
-def _telling() -> Iterator[None]:
+def _explained() -> Iterator[None]:
+    """Turn what an operator can mend into one line."""
     try:
         yield
     except psycopg.errors.LockNotAvailable as error:
@@ -77,18 +82,22 @@ def _telling() -> Iterator[None]:
             f"Another session has held what must be locked for {LOCK_TIMEOUT_MS / 1000:g} s:"
             " wait until it ends, or end it, then migrate again.",
         ) from error
-    except psycopg.errors.InsufficientPrivilege as error:
-        raise Refused(
+    except (psycopg.errors.InsufficientPrivilege, psycopg.errors.InvalidSchemaName) as error:
+        raise Misconfigured(
             "database_forbids",
             f"Postgres says: {error.diag.message_primary}. Migrate as the owner of the schema rollcall;"
             " for the first time, as a user who may create schemas in this database.",
         ) from error
-    except psycopg.OperationalError as error:
+    except psycopg.Error as error:
+        if not is_away(error):
+            raise
         raise unreachable(error) from None
 
 
 def _apply(connection: psycopg.Connection, partitions: int) -> list[str]:
-    connection.execute("CREATE SCHEMA IF NOT EXISTS rollcall")
+    # Asked first: for IF NOT EXISTS, too, one needs the right to create schemas.
+    if not connection.execute("SELECT 1 FROM pg_namespace WHERE nspname = 'rollcall'").fetchone():
+        connection.execute("CREATE SCHEMA rollcall")
     connection.execute("SET search_path = rollcall")
     connection.execute(
         "CREATE TABLE IF NOT EXISTS schema_migrations"
@@ -117,10 +126,21 @@ def _apply(connection: psycopg.Connection, partitions: int) -> list[str]:
     return applied
 
 
+def is_away(error: psycopg.Error) -> bool:
+    """Tell whether a later try, over another connection, may succeed."""
+    return isinstance(error, (psycopg.OperationalError, psycopg.InterfaceError)) or error.sqlstate in _LOST
+
+
 def unreachable(error: psycopg.Error) -> TryLater:
-    """Turn a failed connection into one line without the URL (which may hold a password)."""
+    """Say in one line, without the URL (which may hold a password), why a database is away."""
     detail = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return TryLater(
-        "database_unreachable",
-        f"Postgres cannot be reached: {detail}. Check DATABASE_URL and that it is running.",
-    )
+    if error.sqlstate == READS_ONLY:
+        message = (
+            "Postgres only reads here, as a standby does. DATABASE_URL must lead to the primary:"
+            " of several hosts, target_session_attrs=read-write finds it."
+        )
+    elif error.sqlstate is None or error.sqlstate.startswith(("08", "57P")):
+        message = f"Postgres cannot be reached: {detail}. Check DATABASE_URL and that it is running."
+    else:
+        message = f"Postgres gives up: {detail}."
+    return TryLater("database_unreachable", message)
